@@ -1,0 +1,38 @@
+"""Batched cooperative environments in torch: many episodes at once, on any device.
+
+The protocol, complete (E episodes, N agents, O observation features, A action dimensions):
+
+    env = AliceBob(num_envs=512, device="cpu")
+
+    env.num_envs      E, the number of episodes that run side by side
+    env.num_agents    N
+    env.obs_dim       O
+    env.num_actions   number of discrete actions, or A where actions are continuous
+    env.continuous    False: actions are (E, N) int64; True: (E, N, A) float in [0, 1]
+    env.horizon       T, the step after which every episode is over
+    env.t             steps taken since the last reset, 0..T
+    env.terminated    (E,) bool: the episode ended by its own rules, not by the horizon
+
+    obs = env.reset(seed=1)                         # (E, N, O) float32
+    obs, team_reward, terminated = env.step(act)    # (E, N, O) float32, (E,) float32, (E,) bool
+    obs = env.observe()                             # the observation of the current state
+
+Rules that every environment keeps:
+
+* All episodes start together at `reset`. `seed=None` continues the environment's own generator, `env.generator`. Since
+  an iteration is one whole episode per environment, that generator is all a checkpoint needs of an environment.
+* `team_reward` is one number per episode and step: the mean of the learning agents' rewards.
+* `terminated` is sticky: True from the terminating step until the next reset. From then on the episode is frozen: its
+  state and observation stay as they are, and it earns 0. Step t is valid if the episode had not terminated before it.
+* The horizon is part of the task: nothing is worth anything after it. Stepping past it raises RuntimeError.
+* State is kept in plain tensors that anyone may read or set; call `observe` afterwards.
+
+A roll-out of whole episodes is then
+
+    obs = env.reset()
+    for t in range(env.horizon):
+        valid = ~env.terminated  # (E,), what counts of step t
+        obs, team_reward, _ = env.step(policy(obs))
+
+For an environment of your own, write a class with these names, then follow "Your own environment" in the README.
+"""
