@@ -1,0 +1,458 @@
+"""The decomposer against independent, obvious versions of its parts, and the credits against their definitions."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stas_ippo_alicebob import (
+    Decomposer,
+    ReplayBuffer,
+    ShapleyAttention,
+    centred_correlation,
+    conserve,
+    decompose,
+    explained_variance,
+    sample_coalitions,
+    shapley_weights,
+    spread_return,
+)
+
+D, H = 8, 2
+
+
+def make_block(num_agents: int, seed: int = 0) -> ShapleyAttention:
+    """A Shapley block in float64 whose attention is far from uniform, so that coalitions matter."""
+    torch.manual_seed(seed)
+    block = ShapleyAttention(D, H, num_agents).double()
+    with torch.no_grad():
+        block.identity.mul_(30)
+        block.query.mul_(3)
+    return block
+
+
+def attention_by_definition(block: ShapleyAttention, x: torch.Tensor, i: int, members: list[int]) -> torch.Tensor:
+    """Attn_i over `members`, one head and one agent at a time: x (N, D) -> (D,)."""
+    x = x + block.identity
+    query = x[i] @ block.query[i]
+    heads = []
+    for h in range(H):
+        part = slice(h * D // H, (h + 1) * D // H)
+        key_weight, value_weight = block.key_value.weight[:D], block.key_value.weight[D:]
+        key_bias, value_bias = block.key_value.bias[:D], block.key_value.bias[D:]
+        scores, values = [], []
+        for j in members:
+            key, value = key_weight @ x[j] + key_bias, value_weight @ x[j] + value_bias
+            scores.append(query[part] @ key[part] / math.sqrt(D // H))
+            values.append(value[part])
+        shares = torch.stack(scores).softmax(0)
+        heads.append(sum(share * value for share, value in zip(shares, values)))
+    return block.proj.weight @ torch.cat(heads) + block.proj.bias
+
+
+def others_subsets(i: int, num_agents: int):
+    others = [j for j in range(num_agents) if j != i]
+    for size in range(num_agents):
+        yield from itertools.combinations(others, size)
+
+
+def brute_force(block: ShapleyAttention, x: torch.Tensor, weighting: str) -> torch.Tensor:
+    """E[f_i(C)] over all coalitions by definition: x (N, D) -> (N, D). "orders" enumerates all N! orders instead."""
+    N = len(x)
+    rows = []
+    for i in range(N):
+        total = torch.zeros(D, dtype=x.dtype)
+        if weighting == "orders":
+            for order in itertools.permutations(range(N)):
+                before = list(order[: order.index(i)])
+                total = total + attention_by_definition(block, x, i, [*before, i]) / math.factorial(N)
+        else:
+            for coalition in others_subsets(i, N):
+                c = len(coalition)
+                weight = 2.0 ** -(N - 1)
+                if weighting == "shapley":
+                    weight = math.factorial(c) * math.factorial(N - c - 1) / math.factorial(N)
+                total = total + weight * attention_by_definition(block, x, i, [*coalition, i])
+        rows.append(total)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("num_agents", [3, 4])
+def test_samplers_agree_with_brute_force(num_agents):
+    """bernoulli goes to the Banzhaf weighting, permutation to Shapley's, within 4 standard errors; exact is exact."""
+    block = make_block(num_agents)
+    x = torch.randn(num_agents, D, dtype=torch.float64)
+    with torch.no_grad():
+        limit = {"bernoulli": brute_force(block, x, "banzhaf"), "permutation": brute_force(block, x, "shapley")}
+        assert torch.allclose(limit["permutation"], brute_force(block, x, "orders"))
+        assert (limit["bernoulli"] - limit["permutation"]).abs().max() > 0.02  # the two can be told apart
+        masks = sample_coalitions("exact", 1, 1, num_agents)
+        exact = block(x.unsqueeze(0), masks, shapley_weights(num_agents))[0]
+        assert torch.allclose(exact, limit["permutation"], atol=1e-7)
+        for kind in limit:
+            masks = sample_coalitions(kind, 1, 40_000, num_agents, torch.Generator().manual_seed(0))
+            draws = block(x.expand(40_000, -1, -1), masks)
+            error = (draws.mean(0) - limit[kind]).abs() / (draws.std(0) / math.sqrt(len(draws)) + 1e-12)
+            assert error.max() < 4
+            other = limit["permutation" if kind == "bernoulli" else "bernoulli"]
+            assert (draws.mean(0) - other).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "permutation"])
+def test_error_falls_like_one_over_root_m(kind):
+    block = make_block(4)
+    x = torch.randn(4, D, dtype=torch.float64)
+    with torch.no_grad():
+        limit = brute_force(block, x, "banzhaf" if kind == "bernoulli" else "shapley")
+        errors = []
+        for m in (1, 4, 16, 64):
+            masks = sample_coalitions(kind, m, 2000, 4, torch.Generator().manual_seed(m))
+            errors.append((block(x.expand(2000, -1, -1), masks) - limit).square().mean().sqrt().item())
+    slope = math.log(errors[-1] / errors[0]) / math.log(64)
+    assert slope == pytest.approx(-0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("num_agents", [1, 2, 3, 5])
+def test_exact_enumerates_every_coalition_once_with_shapleys_weights(num_agents):
+    masks, weights = sample_coalitions("exact", 1, 2, num_agents), shapley_weights(num_agents)
+    assert masks.shape == (2 ** (num_agents - 1), 2, num_agents, num_agents) and masks.dtype == torch.bool
+    assert weights.sum().item() == pytest.approx(1)
+    for i in range(num_agents):
+        found = {frozenset(mask.nonzero().flatten().tolist()) for mask in masks[:, 0, i]}
+        assert found == {frozenset({i, *coalition}) for coalition in others_subsets(i, num_agents)}
+        for mask, weight in zip(masks[:, 0, i], weights):
+            c = int(mask.sum()) - 1
+            expected = math.factorial(c) * math.factorial(num_agents - c - 1) / math.factorial(num_agents)
+            assert weight.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "permutation"])
+def test_draws_differ_between_steps_and_samples_and_are_seeded(kind):
+    masks = sample_coalitions(kind, 5, 200, 4, torch.Generator().manual_seed(0))
+    assert masks.shape == (5, 200, 4, 4) and masks.dtype == torch.bool
+    assert masks.diagonal(dim1=-2, dim2=-1).all()
+    assert len(masks.flatten(0, 1).flatten(1).unique(dim=0)) > 20
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[:, 0], masks[:, 1])
+    assert torch.equal(masks, sample_coalitions(kind, 5, 200, 4, torch.Generator().manual_seed(0)))
+    assert not torch.equal(masks, sample_coalitions(kind, 5, 200, 4, torch.Generator().manual_seed(1)))
+
+
+def test_permutations_are_orders():
+    masks = sample_coalitions("permutation", 3, 50, 4, torch.Generator().manual_seed(0))
+    sizes = masks.sum(dim=-1).sort(dim=-1).values
+    assert (sizes == torch.tensor([1, 2, 3, 4])).all()  # someone comes first, someone second, ...
+    pairs = masks.transpose(-2, -1) ^ masks
+    assert pairs[..., ~torch.eye(4, dtype=torch.bool)].all()  # of any two, exactly one comes before the other
+
+
+def test_unknown_coalition():
+    with pytest.raises(ValueError, match="coalition"):
+        sample_coalitions("all", 1, 1, 3)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_averaging_probabilities_equals_averaging_full_attention(weighted):
+    M, B, N = 6, 10, 4
+    block, x = make_block(N), torch.randn(B, N, D, dtype=torch.float64)
+    masks = sample_coalitions("bernoulli", M, B, N, torch.Generator().manual_seed(0))
+    weights = torch.rand(M, N, dtype=torch.float64) if weighted else None
+    fast = block(x, masks, weights)
+    for b in range(B):
+        for i in range(N):
+            outputs = [
+                attention_by_definition(block, x[b], i, masks[m, b, i].nonzero().flatten().tolist()) for m in range(M)
+            ]
+            share = weights[:, i] if weighted else torch.full((M,), 1 / M, dtype=torch.float64)
+            # The output projection has a bias, so weights that do not sum to 1 scale all but the bias.
+            expected = sum(w * (out - block.proj.bias) for w, out in zip(share, outputs)) + block.proj.bias
+            assert torch.allclose(fast[b, i], expected, atol=1e-10)
+
+
+def test_one_mask_for_the_whole_batch():
+    block, x = make_block(3), torch.randn(5, 3, D, dtype=torch.float64)
+    masks = sample_coalitions("bernoulli", 4, 1, 3, torch.Generator().manual_seed(0))
+    assert torch.allclose(block(x, masks), block(x, masks.expand(-1, 5, -1, -1)), atol=1e-12)
+
+
+def test_an_agent_masked_out_cannot_change_the_others():
+    block, x = make_block(4), torch.randn(6, 4, D, dtype=torch.float64)
+    masks = sample_coalitions("bernoulli", 3, 6, 4, torch.Generator().manual_seed(0))
+    masks[..., 2] = False
+    masks[..., 2, 2] = True
+    changed = x.clone()
+    changed[:, 2] += 100 * torch.randn(6, D, dtype=torch.float64)
+    before, after = block(x, masks), block(changed, masks)
+    others = [0, 1, 3]
+    assert torch.equal(before[:, others], after[:, others])
+    assert (before[:, 2] - after[:, 2]).abs().min() > 0
+
+
+def test_large_scores_stay_finite():
+    """An agent that dwarfs all others in attention leaves the coalitions without it well defined."""
+    block = ShapleyAttention(D, H, 3)
+    x = 1e4 * torch.randn(50, 3, D)
+    phi = block(x.requires_grad_(), sample_coalitions("bernoulli", 5, 50, 3))
+    phi.sum().backward()
+    assert phi.isfinite().all() and x.grad.isfinite().all() and block.query.grad.isfinite().all()
+
+
+def test_queries_and_identities_tell_agents_apart():
+    block, x = make_block(3), torch.randn(1, 1, D, dtype=torch.float64).expand(1, 3, D)
+    alone = torch.eye(3, dtype=torch.bool).view(1, 1, 3, 3)
+    phi = block(x, alone)[0]
+    assert not torch.allclose(phi[0], phi[1]) and not torch.allclose(phi[1], phi[2])
+
+
+E, T, N, OBS, A = 5, 7, 3, 6, 4
+
+
+def make_decomposer(seed: int = 0, **changes) -> Decomposer:
+    torch.manual_seed(seed)
+    sizes = dict(obs_dim=OBS, num_actions=A, num_agents=N, horizon=T, emb_dim=D, num_heads=H, num_layers=2)
+    decomposer = Decomposer(**sizes | dict(mc_samples=3, coalition="bernoulli") | changes)
+    torch.nn.init.normal_(decomposer.head.weight)  # it starts at zero
+    return decomposer
+
+
+def make_episodes(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    obs = torch.randn(E, T, N, OBS, generator=generator)
+    act = torch.randint(A, (E, T, N), generator=generator)
+    length = torch.tensor([7, 3, 1, 5, 7])
+    return obs, act, torch.arange(T) < length.unsqueeze(1)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("coalition", ["bernoulli", "permutation", "exact"])
+@pytest.mark.parametrize("spatial", [True, False])
+def test_no_credit_depends_on_later_steps(coalition, spatial):
+    decomposer, (obs, act, _) = make_decomposer(coalition=coalition, spatial=spatial), make_episodes()
+    valid = torch.ones(E, T, dtype=torch.bool)
+    before = decomposer(obs, act, valid, seeded())
+    for t in range(T):
+        obs2, act2 = obs.clone(), act.clone()
+        obs2[:, t] += 1
+        act2[:, t] = (act2[:, t] + 1) % A
+        after = decomposer(obs2, act2, valid, seeded())
+        assert torch.allclose(before[:, :t], after[:, :t], atol=1e-6)
+        assert ((before - after)[:, t:].abs().amax(dim=(0, 2)) > 1e-4).all()  # and all later steps see it
+
+
+def test_what_lies_after_the_end_changes_nothing():
+    decomposer, (obs, act, valid) = make_decomposer(), make_episodes()
+    before = decomposer(obs, act, valid, seeded())
+    assert (before[~valid] == 0).all() and (before[valid] != 0).all()
+    obs2, act2 = obs.clone(), act.clone()
+    obs2[~valid] = 1e3
+    act2[~valid] = 0
+    assert torch.allclose(before, decomposer(obs2, act2, valid, seeded()), atol=1e-6)
+
+
+def test_a_batch_equals_single_episodes_of_their_own_length():
+    """Exact coalitions draw nothing, so each episode alone, cut to its length, must give the same credits."""
+    decomposer, (obs, act, valid) = make_decomposer(coalition="exact"), make_episodes()
+    together = decomposer(obs, act, valid)
+    for e in range(E):
+        length = int(valid[e].sum())
+        cut = slice(e, e + 1), slice(0, length)
+        alone = decomposer(obs[cut], act[cut], valid[cut])
+        assert torch.allclose(together[e, :length], alone[0], atol=1e-6)
+
+
+def test_temporal_shares_equally_and_the_agents_are_alike():
+    decomposer, (obs, act, valid) = make_decomposer(spatial=False), make_episodes()
+    credits = decomposer(obs, act, valid)
+    assert torch.equal(credits, credits[:, :, :1].expand(-1, -1, N)) and credits[valid].abs().min() > 0
+    swapped = decomposer(obs[:, :, [1, 0, 2]], act[:, :, [1, 0, 2]], valid)
+    assert torch.allclose(credits, swapped, atol=1e-6)
+
+
+def test_continuous_actions_are_embedded_linearly():
+    decomposer, (obs, _, valid) = make_decomposer(continuous=True), make_episodes()
+    act = torch.rand(E, T, N, A)
+    assert isinstance(decomposer.embed_act, torch.nn.Linear)
+    changed = decomposer(obs, 1 - act, valid, seeded())
+    assert not torch.allclose(decomposer(obs, act, valid, seeded()), changed)
+
+
+def test_a_new_decomposer_gives_no_credit():
+    fresh = Decomposer(OBS, A, N, T, D, H, 2, 3, "bernoulli")
+    assert (fresh(*make_episodes()) == 0).all()
+
+
+def test_coalitions_come_from_the_generator_and_from_every_step():
+    decomposer, episodes = make_decomposer(mc_samples=1), make_episodes()
+    assert torch.equal(decomposer(*episodes, seeded(1)), decomposer(*episodes, seeded(1)))
+    assert not torch.equal(decomposer(*episodes, seeded(1)), decomposer(*episodes, seeded(2)))
+    # Two identical episodes in one batch get different draws.
+    twice = [x[:1].expand(2, *x.shape[1:]) for x in episodes]
+    first, second = decomposer(*twice, seeded())
+    assert not torch.allclose(first, second)
+
+
+def test_the_decomposer_uses_the_coalitions_it_is_told_to():
+    """The mean over draws goes to `exact` for permutation, to the Banzhaf weighting for bernoulli."""
+    episode = [x[:1, :2] for x in make_episodes()]
+    limits, draws = {}, {}
+    with torch.no_grad():
+        for kind in ("bernoulli", "permutation", "exact"):
+            decomposer = make_decomposer(coalition=kind, mc_samples=2)
+            decomposer.shapley.identity.mul_(30)
+            decomposer.shapley.query.mul_(3)
+            if kind == "exact":
+                limits["permutation"] = decomposer(*episode)[0]
+                decomposer.weights.fill_(1 / len(decomposer.weights))  # all coalitions alike
+                limits["bernoulli"] = decomposer(*episode)[0]
+            else:
+                many = [x.expand(5000, *x.shape[1:]) for x in episode]
+                draws[kind] = decomposer(*many, seeded())
+    assert (limits["permutation"] - limits["bernoulli"]).abs().max() > 0.01
+    for kind, credits in draws.items():
+        error = (credits.mean(dim=0) - limits[kind]).abs() / (credits.std(dim=0) / math.sqrt(len(credits)))
+        assert error.max() < 4
+        other = limits["bernoulli" if kind == "permutation" else "permutation"]
+        assert ((credits.mean(dim=0) - other).abs() / (credits.std(dim=0) / math.sqrt(len(credits)))).max() > 6
+
+
+def test_more_samples_less_noise():
+    episodes = make_episodes()
+    noise = []
+    for m in (1, 16):
+        decomposer = make_decomposer(mc_samples=m)
+        draws = torch.stack([decomposer(*episodes, seeded(s)) for s in range(50)])
+        noise.append(draws.std(dim=0)[episodes[2]].mean().item())
+    assert noise[0] / noise[1] == pytest.approx(4, rel=0.2)
+
+
+@pytest.mark.parametrize("coalition", ["bernoulli", "permutation", "exact"])
+def test_the_decomposer_learns_returns_of_a_known_decomposition(coalition):
+    """True reward of agent i at step t: its first feature. The fit must find the sum, and mostly who and when."""
+    decomposer = make_decomposer(coalition=coalition, emb_dim=32)
+    optimizer = torch.optim.Adam(decomposer.parameters(), lr=3e-3)
+    generator = seeded(1)
+    for _ in range(400):
+        obs = torch.randn(64, T, N, OBS, generator=generator)
+        act = torch.randint(A, (64, T, N), generator=generator)
+        valid = torch.arange(T) < torch.randint(1, T + 1, (64, 1), generator=generator)
+        true = obs[..., 0] * valid.unsqueeze(-1)
+        credits = decomposer(obs, act, valid, generator)
+        loss = F.mse_loss(credits.sum(dim=(1, 2)), true.sum(dim=(1, 2)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.15 * true.sum(dim=(1, 2)).var().item()
+    assert centred_correlation(credits.sum(2), true.sum(2), valid) > 0.9
+    assert centred_correlation(credits[valid], true[valid], torch.ones(int(valid.sum()), N)) > 0.8
+
+
+def make_args(**flags) -> SimpleNamespace:
+    return SimpleNamespace(**dict(credit="stas", reward_scale=10.0) | flags)
+
+
+def make_rewards(valid: torch.Tensor) -> torch.Tensor:
+    return torch.randn(valid.shape, generator=seeded(5)) * valid
+
+
+def test_stas_and_temporal_credits_sum_to_the_predicted_return_in_raw_units():
+    obs, act, valid = make_episodes()
+    reward = make_rewards(valid)
+    for credit in ("stas", "temporal"):
+        decomposer = make_decomposer(spatial=credit == "stas")
+        predicted = torch.stack([decomposer(obs, act, valid, seeded())[e][valid[e]].sum() for e in range(E)])
+        credits = decompose(make_args(credit=credit), decomposer, obs, act, reward, valid, seeded())
+        assert credits.shape == (E, T, N) and (credits[~valid] == 0).all()
+        assert torch.allclose(credits.sum(dim=(1, 2)), 10 * predicted, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["terminal", "uniform"])
+def test_conserve_makes_credits_sum_to_the_true_return(where):
+    obs, act, valid = make_episodes()
+    reward, decomposer = make_rewards(valid), make_decomposer()
+    raw = decompose(make_args(), decomposer, obs, act, reward, valid, seeded())
+    returns = reward.sum(dim=1)
+    assert (raw.sum(dim=(1, 2)) - returns).abs().min() > 1e-2
+    kept = conserve(raw, returns, valid, where)
+    assert torch.allclose(kept.sum(dim=(1, 2)), returns, atol=1e-4) and (kept[~valid] == 0).all()
+    added = (kept - raw).detach()
+    assert torch.allclose(added, added[:, :, :1].expand(-1, -1, N), atol=1e-5)  # the agents share equally
+    last = valid & ~F.pad(valid, (0, 1))[:, 1:]
+    if where == "terminal":
+        assert (added[~last] == 0).all()
+    else:
+        for e in range(E):
+            assert torch.allclose(added[e][valid[e]], added[e, 0].expand(int(valid[e].sum()), N), atol=1e-5)
+    assert torch.equal(conserve(raw, returns, valid, "none"), raw)
+
+
+def test_dense_episodic_uniform_are_what_they_say():
+    obs, act, valid = make_episodes()
+    reward = make_rewards(valid)
+    credits = {
+        kind: decompose(make_args(credit=kind), None, obs, act, reward, valid, None)
+        for kind in ("dense", "episodic", "uniform")
+    }
+    for e in range(E):
+        length, total = int(valid[e].sum()), reward[e].sum().item()
+        for t in range(T):
+            expected = {
+                "dense": reward[e, t].item() / N if t < length else 0,
+                "episodic": total / N if t == length - 1 else 0,
+                "uniform": total / length / N if t < length else 0,
+            }
+            for kind, value in expected.items():
+                assert credits[kind][e, t].tolist() == pytest.approx([value] * N, abs=1e-5)
+    with pytest.raises(ValueError, match="where"):
+        spread_return(reward.sum(1), valid, N, "first")
+
+
+def test_replay_buffer_is_a_ring_of_episodes():
+    buffer = ReplayBuffer(5, "cpu")
+    for first in (0, 3, 6):
+        rows = torch.arange(first, first + 3)
+        buffer.add(number=rows, double=2 * rows.unsqueeze(1).expand(-1, 2))
+    assert buffer.size == 5
+    batch = buffer.sample(500, seeded())
+    assert batch["number"].unique().tolist() == [4, 5, 6, 7, 8]
+    assert torch.equal(batch["double"], 2 * batch["number"].unsqueeze(1).expand(-1, 2))  # rows stay together
+    buffer.add(number=torch.arange(20, 32), double=torch.zeros(12, 2, dtype=torch.int64))  # more than it holds
+    assert buffer.sample(500, seeded())["number"].unique().tolist() == [27, 28, 29, 30, 31]
+    copy = ReplayBuffer(5, "cpu")
+    copy.load_state_dict(buffer.state_dict())
+    for each in (buffer, copy):
+        each.add(number=torch.tensor([50, 51]), double=torch.zeros(2, 2, dtype=torch.int64))
+    assert torch.equal(copy.data["number"], buffer.data["number"])
+
+
+def test_a_buffer_smaller_than_a_batch_can_be_sampled():
+    buffer = ReplayBuffer(100, "cpu")
+    buffer.add(number=torch.arange(3))
+    assert buffer.sample(256, seeded())["number"].shape == (256,)
+
+
+def test_centred_correlation_against_a_loop():
+    x, y = torch.randn(6, 5, generator=seeded(1)), torch.randn(6, 5, generator=seeded(2))
+    valid = torch.arange(5) < torch.tensor([5, 2, 3, 4, 5, 1]).unsqueeze(1)
+    a, b = [], []
+    for row in range(6):
+        xs, ys = x[row][valid[row]], y[row][valid[row]]
+        a += (xs - xs.mean()).tolist()
+        b += (ys - ys.mean()).tolist()
+    expected = torch.corrcoef(torch.tensor([a, b]))[0, 1].item()
+    assert centred_correlation(x, y, valid) == pytest.approx(expected, abs=1e-5)
+    shifted = x + torch.arange(6).unsqueeze(1) * 100  # a constant per episode must not flatter
+    assert centred_correlation(shifted, y, valid) == pytest.approx(expected, abs=1e-3)
+    assert math.isnan(centred_correlation(torch.ones(6, 5), y, valid))
+
+
+def test_explained_variance():
+    true = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    assert explained_variance(true, true) == 1
+    assert explained_variance(torch.zeros(4), true) == 0
+    assert explained_variance(-true, true) == pytest.approx(-3)
+    assert math.isnan(explained_variance(true, torch.ones(4)))

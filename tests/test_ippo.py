@@ -1,0 +1,154 @@
+"""The learner: advantages against a loop, log-probabilities against the policy, critics against what they may see."""
+
+import math
+
+import pytest
+import torch
+
+from envs.alice_bob import AliceBob, parallel_env
+from stas_ippo_alicebob import ActorCritic, compute_gae, evaluate, play_episode, rollout
+
+
+@pytest.mark.parametrize("gamma, gae_lambda", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0)])
+def test_gae_against_a_loop(gamma, gae_lambda):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [6, 1, 3, 6]
+    rewards, values = torch.randn(2, 4, 6, 3, generator=generator, dtype=torch.float64)
+    valid = torch.arange(6) < torch.tensor(lengths).unsqueeze(1)
+    advantages, returns = compute_gae(rewards, values, valid, gamma, gae_lambda)
+    for e, length in enumerate(lengths):
+        for i in range(3):
+            r, v = rewards[e, :length, i].tolist(), values[e, :length, i].tolist() + [0.0]  # worth nothing at the end
+            for t in range(length):
+                deltas = [r[k] + gamma * v[k + 1] - v[k] for k in range(t, length)]
+                expected = sum((gamma * gae_lambda) ** k * delta for k, delta in enumerate(deltas))
+                assert advantages[e, t, i].item() == pytest.approx(expected)
+                assert returns[e, t, i].item() == pytest.approx(expected + v[t])
+    assert (advantages[~valid] == 0).all() and (returns[~valid] == 0).all()
+
+
+def test_gae_ignores_what_lies_after_the_end():
+    valid = torch.arange(5) < torch.tensor([[2], [5]])
+    rewards, values = torch.randn(2, 2, 5, 2, generator=torch.Generator().manual_seed(0))
+    before = compute_gae(rewards, values, valid, 0.99, 0.95)
+    rewards[0, 2:], values[0, 2:] = 100, -100
+    after = compute_gae(rewards, values, valid, 0.99, 0.95)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+def test_gae_with_lambda_1_gives_the_discounted_return():
+    rewards = torch.randn(1, 8, 1, generator=torch.Generator().manual_seed(0))
+    _, returns = compute_gae(rewards, torch.randn(1, 8, 1), torch.ones(1, 8, dtype=torch.bool), 0.9, 1.0)
+    expected = sum(0.9**t * rewards[0, t, 0] for t in range(8))
+    assert returns[0, 0, 0].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def make_agent(**flags) -> ActorCritic:
+    torch.manual_seed(0)
+    agent = ActorCritic(19, 4, 2, **flags)
+    torch.nn.init.normal_(agent.actor[-1].weight, std=0.5)  # a policy that is not nearly uniform
+    return agent
+
+
+def test_stored_logprobs_are_those_of_the_actions_taken():
+    env, agent = AliceBob(16), make_agent()
+    obs, act, logprob, team_reward, valid = rollout(env, agent, torch.Generator().manual_seed(0))
+    assert obs.shape == (16, 40, 2, 19) and act.shape == logprob.shape == (16, 40, 2)
+    assert team_reward.shape == valid.shape == (16, 40) and valid.dtype == torch.bool
+    replay = AliceBob(16)  # the same actions give the same observations and rewards
+    next_obs = replay.reset()
+    for t in range(40):
+        assert torch.equal(next_obs, obs[:, t]) and torch.equal(valid[:, t], ~replay.terminated)
+        for e in range(0, 16, 5):
+            for i in range(2):
+                one_hot = torch.eye(2)[i]
+                probs = agent.actor(torch.cat((obs[e, t, i], one_hot))).softmax(-1)
+                assert logprob[e, t, i].item() == pytest.approx(math.log(probs[act[e, t, i]].item()), abs=1e-5)
+        next_obs, reward, _ = replay.step(act[:, t])
+        assert torch.equal(reward, team_reward[:, t])
+
+
+def test_actions_are_drawn_from_the_policy_and_the_generator():
+    agent = make_agent()
+    obs = torch.randn(1, 2, 19).expand(50_000, -1, -1)
+    act, logprob = agent.act(obs, torch.Generator().manual_seed(0))
+    probs = agent.log_probs(obs[0]).exp()
+    for i in range(2):
+        frequency = torch.bincount(act[:, i], minlength=4) / len(act)
+        assert (frequency - probs[i]).abs().max() < 4 * math.sqrt(0.25 / len(act))
+    assert torch.equal(act, agent.act(obs, torch.Generator().manual_seed(0))[0])
+
+
+def test_evaluate_gives_logprob_and_entropy_of_a_categorical():
+    agent, obs = make_agent(), torch.randn(9, 2, 19)
+    act = torch.randint(4, (9, 2))
+    logprob, entropy = agent.evaluate(obs, act)
+    for b in range(9):
+        for i in range(2):
+            policy = torch.distributions.Categorical(logits=agent.actor(torch.cat((obs[b, i], torch.eye(2)[i]))))
+            assert logprob[b, i].item() == pytest.approx(policy.log_prob(act[b, i]).item(), abs=1e-5)
+            assert entropy[b, i].item() == pytest.approx(policy.entropy().item(), abs=1e-5)
+
+
+def test_who_sees_what():
+    obs = torch.randn(5, 2, 19)
+    changed = obs.clone()
+    changed[:, 1] += 1
+    for centralized in (False, True):
+        agent = make_agent(centralized=centralized)
+        assert torch.equal(agent.log_probs(obs)[:, 0], agent.log_probs(changed)[:, 0])  # actors never see the others
+        assert not torch.equal(agent.log_probs(obs)[:, 1], agent.log_probs(changed)[:, 1])
+        same = torch.equal(agent.value(obs)[:, 0], agent.value(changed)[:, 0])
+        assert same == (not centralized)
+        alike = obs[:, :1].expand(-1, 2, -1)
+        assert not torch.allclose(agent.value(alike)[:, 0], agent.value(alike)[:, 1])  # but know who they are
+        assert agent.value(obs.unsqueeze(0)).shape == (1, 5, 2)
+
+
+def test_an_episode_on_pettingzoo_equals_the_batched_game():
+    agent, generator = make_agent(), torch.Generator().manual_seed(0)
+    frames = []
+    with torch.no_grad():
+        episode = play_episode(parallel_env("rgb_array"), lambda obs: agent.act(obs, generator)[0], 0, frames)
+    length = episode["obs"].shape[1]
+    assert len(frames) == length + 1 and episode["valid"].all()
+    env = AliceBob(1)
+    obs = env.reset()
+    for t in range(length):
+        assert torch.equal(episode["obs"][:, t], obs)
+        obs, reward, _ = env.step(episode["act"][:, t])
+        assert episode["team_reward"][0, t].item() == pytest.approx(reward.item())
+
+
+def test_evaluation_counts_what_happened():
+    class TwoSteps:
+        """Pays 1 and 3 to its two agents at each of two steps; every second episode terminates, the others run out."""
+
+        possible_agents = ["a", "b"]
+
+        def __init__(self):
+            self.space, self.episodes = parallel_env().action_space("alice"), 0
+
+        def action_space(self, agent):
+            return self.space
+
+        def reset(self, seed=None):
+            self.agents, self.t, self.episodes = ["a", "b"], 0, self.episodes + 1
+            return dict.fromkeys(self.agents, torch.zeros(2).numpy()), {}
+
+        def step(self, actions):
+            self.t += 1
+            over = self.t == self.episodes
+            result = [dict.fromkeys("ab", torch.zeros(2).numpy()), {"a": 1.0, "b": 3.0}]
+            result += [dict.fromkeys("ab", over and self.episodes == 2), dict.fromkeys("ab", over), {}]
+            self.agents = [] if over else self.agents
+            return result
+
+    figures, terminated = evaluate(TwoSteps(), None, 2, 0)  # episode 1 has one step, episode 2 two
+    assert figures == {
+        "episodic_return": 3.0,
+        "episodic_return_std": 1.0,
+        "episodic_length": 1.5,
+        "episodes": 2,
+    }
+    assert terminated == 0.5
