@@ -571,6 +571,7 @@ def evaluate(env, policy, num_episodes: int, seed: int) -> tuple[dict[str, float
 def draw_learning_curve(run_dir: Path, panels: dict[str, str]) -> None:
     """learning_curve.png: columns of metrics.csv (`panels`: column to axis label) against environment steps."""
     import matplotlib.figure
+    import matplotlib.ticker
 
     with open(run_dir / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -579,6 +580,7 @@ def draw_learning_curve(run_dir: Path, panels: dict[str, str]) -> None:
         points = [(int(row["global_step"]), float(row[column])) for row in rows if row[column]]
         axis.plot(*zip(*points) if points else ((), ()), color="tab:blue", marker=".")
         axis.set(xlabel="environment steps", ylabel=label)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
         axis.grid(alpha=0.3)
     figure.savefig(run_dir / "learning_curve.png", dpi=120)
 
@@ -598,7 +600,8 @@ def draw_credits(
     top, heat = figure.subplots(2, 1, sharex=True, height_ratios=(1.6, 0.5 * N))
     top.bar(range(T), team_reward, color="tab:gray")
     top.axhline(0, color="black", linewidth=0.5)
-    top.set(ylabel="true team\nreward", title=title)
+    top.set_ylabel("true team\nreward")
+    top.set_title(title, fontsize=10)
     limit = max(float(np.abs(credits).max()), 1e-8)
     image = heat.imshow(credits.T, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
     heat.set(xlabel="step", yticks=range(N), yticklabels=agents, xlim=(-0.5, T - 0.5))
