@@ -718,23 +718,25 @@ def replace_file(path: Path, write) -> None:
 
 
 def write_config(run_dir: Path, args) -> None:
-    """config.json: all flags, package versions, git commit; written whole or not at all."""
-    packages = ("torch", "numpy", "pettingzoo", "mpe2", "tyro", "tensorboard")
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        git = subprocess.run(["git", "-C", here, "rev-parse", "-q", "--verify", "HEAD"], capture_output=True, text=True)
-        commit = git.stdout.strip() or None
-    except OSError:  # no git on this machine
-        commit = None
-    config = {
-        "script": os.path.basename(__file__),
-        "flags": asdict(args),
-        "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages},
-        "git_commit": commit,
-    }
-    if (run_dir / "config.json").exists():  # a resumed run: only flags may have changed
-        config = json.loads((run_dir / "config.json").read_text()) | {"flags": asdict(args)}
-    replace_file(run_dir / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    """config.json: all flags, package versions, git commit; written whole or not at all.
+
+    A resumed run keeps the versions and the commit it began with; only flags may have changed.
+    """
+    path = run_dir / "config.json"
+    if path.exists():
+        config = json.loads(path.read_text())
+    else:
+        here = os.path.dirname(os.path.abspath(__file__))
+        command = ["git", "-C", here, "rev-parse", "-q", "--verify", "HEAD"]
+        try:
+            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        except OSError:  # no git on this machine
+            commit = None
+        packages = ("torch", "numpy", "pettingzoo", "mpe2", "tyro", "tensorboard")
+        versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
+        config = {"script": os.path.basename(__file__), "flags": None, "versions": versions, "git_commit": commit}
+    config["flags"] = asdict(args)
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def open_metrics(run_dir: Path, columns: list[str], iterations: int) -> tuple:

@@ -31,7 +31,6 @@ VARIANTS = {  # name: flags, seeds
     "episodic": ("--credit episodic", 10),
     "dense": ("--credit dense", 5),
 }
-COLUMNS = "variant seed flags threads treasure_rate length return steps_to_90 seconds_to_90 steps seconds".split()
 PASSED = 0.9
 
 
@@ -96,7 +95,7 @@ def run(args: Args, variant: str, seed: int) -> None:
     append(args.results / "alicebob_curves.csv", [key | {k: row[v] for k, v in columns.items()} for row in metrics])
     append(args.results / "alicebob.csv", [result])
     shutil.rmtree(run_dir)
-    print({key: result[key] for key in COLUMNS if key != "flags"}, flush=True)
+    print(result, flush=True)
 
 
 def spread(values: list[float], form: str = "{:.2f}") -> str:
