@@ -2,7 +2,7 @@
 
 The protocol, complete (E episodes, N agents, O observation features, A action dimensions):
 
-    env = AliceBob(num_envs=512, device="cpu")
+    env = AliceBob(num_envs=512, device="cpu")      # or envs.mpe.make("spread", num_envs=512, num_agents=3)
 
     env.num_envs      E, the number of episodes that run side by side
     env.num_agents    N
