@@ -6,15 +6,16 @@ when an episode ends. One iteration:
   2. store: the episodes go into a replay buffer, with nothing of the reward but their returns;
   3. fit the decomposer: causal attention over time for each agent, then attention over agents, in which agent i sees
      itself and a random coalition of the others. The mean over `mc_samples` coalitions is the network's direct guess
-     at what i contributes to the step, weighted as in a Shapley value (or a Banzhaf value, see `sample_coalitions`);
-     nothing is subtracted. A linear head turns it into a credit, and the credits of all agents and steps are trained
-     to add up to R (mean squared error);
+     at what i contributes to the step, where a Shapley value would average differences of a team value. A linear head
+     turns it into a credit, and the credits of all agents and steps are trained to add up to R (mean squared error);
   4. decompose: the fresh episodes get their credits, a dense reward for every agent at every step;
-  5. PPO: one actor and one critic serve all agents, and each agent's advantages come from its own credits.
+  5. PPO, independent but for shared weights: one actor and one critic serve all agents, told by a one-hot whom they
+     serve, and each agent's advantages come from its own observations and credits.
 The training loop is at the end of the file; read it first, then `Decomposer`.
 
 Axes stand in the order (episode E, time T, agent N, feature): observations have O features, continuous actions A.
-D is the embedding width, H the number of heads, M the number of coalitions, B any batch.
+D is the embedding width, H the number of heads, M the number of coalitions, B any batch, L the longest episode of a
+batch, S the valid steps of all episodes. R, the team return, is the sum of an episode's team rewards.
 
 checkpoint.pt holds: iteration, global_step, wall_time, agent, agent_optimizer, decomposer, decomposer_optimizer,
 buffer, generator, env_generator, device (only state dicts, tensors, numbers and strings, to be loaded with
@@ -109,19 +110,20 @@ class Args:
     """stop an iteration's policy updates beyond this KL divergence"""
 
     credit: Literal["stas", "temporal", "uniform", "episodic", "dense"] = "stas"
-    """reward the agents learn from: STAS; or, shared equally by the agents: learned with attention over time only; R
-    divided by the episode's length at every step; R at the last step; the true reward of every step (an oracle, which
-    the method may not see)"""
+    """what the agents learn from. stas: learned credits; and in equal shares, temporal: credits learned with attention
+    over time only; uniform: R / episode length at every step; episodic: R at the last step (plain PPO on the delayed
+    return); dense: the true reward of every step, an oracle, as the method may not see it"""
     conserve: Literal["none", "terminal", "uniform"] = "terminal"
-    """where the leftover R - sum of learned credits goes, equally to all agents: nowhere (the paper), the last step,
-    all steps"""
+    """where the leftover, R - sum of learned credits, goes in equal shares. none: it is dropped (the paper); terminal:
+    to the last step; uniform: to all steps"""
     critic: Literal["independent", "centralized"] = "independent"
-    """what the critic sees: the agent's own observation, or those of all agents"""
+    """what the critic sees. independent: the agent's own observation; centralized: those of all agents (MAPPO)"""
     mc_samples: int = 5
     """coalitions drawn per agent and step, M"""
     coalition: Literal["bernoulli", "permutation", "exact"] = "bernoulli"
-    """each other agent joins with probability 1/2 (the paper); those before the agent in a random order; all coalitions
-    with Shapley's weights (up to 8 agents)"""
+    """who joins an agent's coalitions. bernoulli: each other agent with probability 1/2 (the paper); permutation: those
+    before it in a random order, which gives Shapley's weights; exact: all coalitions, with Shapley's weights (up to 8
+    agents)"""
     emb_dim: int = 64
     """width of the decomposer, D"""
     num_heads: int = 4
@@ -139,7 +141,8 @@ class Args:
     learning_starts: int = 0
     """episodes collected before the policy learns"""
     reward_scale: float = 100.0
-    """returns are divided by this for the decomposer, credits for PPO; everything logged is in raw units"""
+    """the decomposer's targets and PPO's rewards are divided by this, to be of order one; everything logged is in
+    raw units"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,7 +232,7 @@ class TemporalLayer(nn.Module):
 
 
 class ShapleyAttention(nn.Module):
-    """Attention over agents, averaged over coalitions: an estimate of each agent's marginal contribution (section 4.2).
+    """Attention over agents, averaged over coalitions: the paper's stand-in for a Shapley value (section 4.2).
 
     phi_i = sum_m w_m Attn_i(x restricted to C_m + {i}). Queries are agent-specific; keys, values and output are shared.
     Scores and values do not depend on the coalition, and all that follows the softmax is linear, so the probabilities
@@ -324,7 +327,7 @@ class Decomposer(nn.Module):
         return self.scale * credits * valid.unsqueeze(-1)
 
 
-def spread_return(returns: torch.Tensor, valid: torch.Tensor, num_agents: int, where: str) -> torch.Tensor:
+def distribute_return(returns: torch.Tensor, valid: torch.Tensor, num_agents: int, where: str) -> torch.Tensor:
     """Spread one number per episode over its steps and, equally, over the agents.
 
     Args:
@@ -362,15 +365,15 @@ def decompose(
         return (team_reward / num_agents).unsqueeze(-1).expand(-1, -1, num_agents)
     if args.credit in ("episodic", "uniform"):
         where = "terminal" if args.credit == "episodic" else "uniform"
-        return spread_return(team_reward.sum(dim=1), valid, num_agents, where)
+        return distribute_return(team_reward.sum(dim=1), valid, num_agents, where)
     return args.reward_scale * decomposer(obs, act, valid, generator)
 
 
 def conserve(credits: torch.Tensor, returns: torch.Tensor, valid: torch.Tensor, where: str) -> torch.Tensor:
-    """Add what the credits (E, T, N) leave of the returns (E,) as `spread_return` does; where="none" adds nothing."""
+    """Add what the credits (E, T, N) leave of the returns (E,), placed by `distribute_return`, or not if "none"."""
     if where == "none":
         return credits
-    return credits + spread_return(returns - credits.sum(dim=(1, 2)), valid, credits.shape[2], where)
+    return credits + distribute_return(returns - credits.sum(dim=(1, 2)), valid, credits.shape[2], where)
 
 
 class ReplayBuffer:
@@ -398,7 +401,8 @@ class ReplayBuffer:
         return {name: rows[index] for name, rows in self.data.items()}
 
     def state_dict(self) -> dict:
-        stored = {name: rows[: self.size].clone() for name, rows in self.data.items()}  # without the free rows
+        free = self.size < self.capacity
+        stored = {name: rows[: self.size].clone() if free else rows for name, rows in self.data.items()}
         return {"size": self.size, "position": self.position, "data": stored}
 
     def load_state_dict(self, state: dict) -> None:
@@ -433,27 +437,30 @@ def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
 class ActorCritic(nn.Module):
     """One actor and one critic shared by all agents, each told which agent it serves by a one-hot.
 
-    The actor sees the agent's own observation; the critic does too, or all observations if `centralized`.
+    The actor sees the agent's own observation; the critic does too, or all observations if `centralized`; if `timed`,
+    the critic is told the time as well, on which the value of a state depends where only the horizon ends an episode.
     """
 
-    def __init__(self, obs_dim: int, num_actions: int, num_agents: int, centralized: bool = False):
+    def __init__(self, obs_dim: int, num_actions: int, num_agents: int, centralized: bool = False, timed: bool = False):
         super().__init__()
-        self.centralized = centralized
+        self.centralized, self.timed = centralized, timed
         self.register_buffer("agent_id", torch.eye(num_agents), persistent=False)
         self.actor = mlp(obs_dim + num_agents, num_actions, std=0.01)
-        self.critic = mlp(obs_dim * (num_agents if centralized else 1) + num_agents, 1, std=1.0)
+        self.critic = mlp(obs_dim * (num_agents if centralized else 1) + num_agents + timed, 1, std=1.0)
 
     def log_probs(self, obs: torch.Tensor) -> torch.Tensor:
         """(..., N, O) -> log-probabilities of all actions (..., N, num_actions)"""
         obs = torch.cat((obs, self.agent_id.expand(*obs.shape[:-1], -1)), dim=-1)
         return self.actor(obs).log_softmax(dim=-1)
 
-    def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """(..., N, O) -> (..., N)"""
-        agent_id = self.agent_id.expand(*obs.shape[:-1], -1)
+    def value(self, obs: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
+        """obs (..., N, O), time (...) from 0 to 1, if `timed` -> (..., N)"""
+        inputs = [obs, self.agent_id.expand(*obs.shape[:-1], -1)]
         if self.centralized:
-            obs = obs.flatten(-2).unsqueeze(-2).expand(*obs.shape[:-1], -1)
-        return self.critic(torch.cat((obs, agent_id), dim=-1)).squeeze(-1)
+            inputs[0] = obs.flatten(-2).unsqueeze(-2).expand(*obs.shape[:-1], -1)
+        if self.timed:
+            inputs.append(time[..., None, None].expand(*obs.shape[:-1], -1))
+        return self.critic(torch.cat(inputs, dim=-1)).squeeze(-1)
 
     def act(self, obs: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample actions: obs (..., N, O) -> act (..., N) int64, logprob (..., N)"""
@@ -470,9 +477,11 @@ class ActorCritic(nn.Module):
 
 
 @torch.no_grad()
-def rollout(env, agent: nn.Module, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+def rollout(env, agent: nn.Module, generator: torch.Generator, watch=None) -> tuple[torch.Tensor, ...]:
     """Play one whole episode in every environment.
 
+    Args:
+        watch: called with `env` after every step.
     Returns:
         obs (E, T, N, O), act (E, T, N) or (E, T, N, A), logprob (E, T, N), team_reward (E, T), valid (E, T) bool.
     """
@@ -483,6 +492,8 @@ def rollout(env, agent: nn.Module, generator: torch.Generator) -> tuple[torch.Te
         act, logprob = agent.act(obs, generator)
         next_obs, team_reward, _ = env.step(act)
         steps.append((obs, act, logprob, team_reward, valid))
+        if watch is not None:
+            watch(env)
     return tuple(torch.stack(column, dim=1) for column in zip(*steps))
 
 
@@ -525,20 +536,21 @@ def explained_variance(predicted: torch.Tensor, true: torch.Tensor) -> float:
     return (1 - (true - predicted).var(correction=0) / variance).item() if variance > 0 else math.nan
 
 
-def play_episode(env, policy, seed: int | None = None, frames: list | None = None) -> dict[str, torch.Tensor]:
+@torch.no_grad()
+def play_episode(env, policy, seed: int | None = None, watch=None) -> dict[str, torch.Tensor]:
     """Play one episode of a PettingZoo ParallelEnv.
 
     Args:
         policy: maps obs (N, O) to act (N,) or (N, A); None plays uniformly at random.
-        frames: receives the picture before each step and the last one.
+        watch: called with `env` before the first step and after every step.
     Returns:
         obs (1, T, N, O), act (1, T, N) or (1, T, N, A), team_reward (1, T), valid (1, T), terminated (1,).
     """
     agents, steps, terminated = env.possible_agents, [], False
     obs, _ = env.reset(seed=seed)
+    if watch is not None:
+        watch(env)
     while env.agents:
-        if frames is not None:
-            frames.append(env.render())
         joint_obs = torch.as_tensor(np.stack([obs[name] for name in agents]), dtype=torch.float32)
         act = np.stack([env.action_space(name).sample() for name in agents]) if policy is None else policy(joint_obs)
         act = torch.as_tensor(act).cpu()
@@ -547,8 +559,8 @@ def play_episode(env, policy, seed: int | None = None, frames: list | None = Non
             (joint_obs, act, torch.tensor(float(np.mean([reward[name] for name in agents]))), torch.tensor(True))
         )
         terminated = any(termination.values())
-    if frames is not None:
-        frames.append(env.render())
+        if watch is not None:
+            watch(env)
     columns = [torch.stack(column).unsqueeze(0) for column in zip(*steps)]
     return dict(zip(("obs", "act", "team_reward", "valid"), columns)) | {"terminated": torch.tensor([terminated])}
 
@@ -766,6 +778,11 @@ METRICS = (  # the columns of metrics.csv
 ).split()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 if __name__ == "__main__":
     args, checkpoint = tyro.cli(Args), None
     if args.resume is not None:
@@ -889,10 +906,12 @@ if __name__ == "__main__":
 
         # 4. Decompose the fresh episodes' returns.
         credits = decompose(args, decomposer, obs, act, team_reward, valid, generator)  # (E, T, N)
-        if decomposer is not None:  # for the log: the noise of the coalition draws, on some episodes; and "when"
+        if decomposer is not None:  # for the log
+            # The noise of the coalition draws, over four more of them, on 32 episodes.
             some = [x[:32] for x in (obs, act, team_reward, valid)]
             draws = torch.stack([decompose(args, decomposer, *some, generator) for _ in range(4)])
             metrics["decomposer/credit_std"] = draws.std(dim=0)[valid[:32]].mean().item()
+            # When: is credit higher in the steps that earned reward?
             metrics["decomposer/reward_correlation"] = centred_correlation(credits.sum(dim=2), team_reward, valid)
         credits = conserve(credits, returns, valid, args.conserve)
         clock.append(time.time())
@@ -993,8 +1012,7 @@ if __name__ == "__main__":
     eval_generator = torch.Generator(device).manual_seed(args.seed)
 
     def policy(obs: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return agent.act(encode_obs(obs.to(device)), eval_generator)[0]
+        return agent.act(encode_obs(obs.to(device)), eval_generator)[0]
 
     summary = {}
     for name, player in (("eval", policy), ("random", None)):
@@ -1006,7 +1024,8 @@ if __name__ == "__main__":
     draw_learning_curve(run_dir, {"charts/episodic_return": "team return", "charts/treasure_rate": "treasure rate"})
     frames: list[np.ndarray] = []
     picture_env = parallel_env("rgb_array")
-    episode = {name: x.to(device) for name, x in play_episode(picture_env, policy, args.seed, frames).items()}
+    played = play_episode(picture_env, policy, args.seed, watch=lambda env: frames.append(env.render()))
+    episode = {name: x.to(device) for name, x in played.items()}
     team_reward, valid = episode["team_reward"], episode["valid"]
     encoded = encode_obs(episode["obs"])
     credits = decompose(args, decomposer, encoded, episode["act"], team_reward, valid, eval_generator)
@@ -1015,7 +1034,8 @@ if __name__ == "__main__":
     events = torch.cat((episode["obs"][0, 1:, :, EVENT].cpu(), picture_env.env.event))
     names = {-1: "bump", 2: "key", 3: "key", 7: "$"}
     marks = [(t, i, names[int(events[t, i])]) for t, i in events.nonzero().tolist()]
-    title = f"Alice & Bob, one episode after training (credit={args.credit}, conserve={args.conserve})"
+    setting = f"credit={args.credit}" + (f", conserve={args.conserve}" if decomposer is not None else "")
+    title = f"Alice & Bob, one episode after training ({setting})"
     draw_credits(run_dir / "credit.png", credits, team_reward[0].cpu().numpy(), ["Alice", "Bob"], title, marks)
     save_gif(run_dir / "episode.gif", frames, picture_env.metadata["render_fps"])
     results = {key: (summary[f"eval/{key}"], summary[f"random/{key}"]) for key in ("treasure_rate", "episodic_return")}
