@@ -10,19 +10,31 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = "stas_ippo_alicebob.py"
-# A whole run of three small iterations, about a second long.
-TINY = "--num-envs 8 --total-timesteps 900 --emb-dim 8 --num-heads 2 --num-layers 1 --decomposer-batch-size 8"
-TINY += (
-    " --decomposer-updates 2 --update-epochs 2 --buffer-size 20 --learning-starts 0 --eval-episodes 2 --num-threads 1"
-)
+ALICEBOB, MPE = SCRIPTS = ("stas_ippo_alicebob.py", "stas_ippo_mpe.py")
+# A whole run of three small iterations of 200 steps, about a second long.
+COMMON = "--total-timesteps 600 --emb-dim 8 --num-heads 2 --num-layers 1 --decomposer-batch-size 8"
+COMMON += " --decomposer-updates 2 --update-epochs 2 --num-minibatches 4 --buffer-size 12 --eval-episodes 2"
+TINY = {ALICEBOB: f"{COMMON} --num-threads 1 --num-envs 5", MPE: f"{COMMON} --num-threads 1 --num-envs 8"}
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request) -> str:
+    """Tests that use a script run for each of them."""
+    return request.param
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys, tmp_path):
+def tiny(script) -> str:
+    """Flags of a very short run."""
+    return TINY[script]
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys, tmp_path, request):
     """run_script("--flag value ...") -> exit code, stdout, stderr. Works in tmp_path; leaves no global state."""
 
-    def run(flags: str, script: str = SCRIPT) -> tuple[int, str, str]:
+    def run(flags: str, script: str | None = None) -> tuple[int, str, str]:
+        script = script or request.getfixturevalue("script")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *flags.split()])
         threads, handlers = torch.get_num_threads(), [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
@@ -45,4 +57,5 @@ def run_script(monkeypatch, capsys, tmp_path):
 def no_pictures(monkeypatch):
     """Runs draw nothing, to save time where nobody looks at the pictures."""
     monkeypatch.setattr("envs.alice_bob.draw", lambda *state: np.zeros((9, 9, 3), np.uint8))
+    monkeypatch.setattr("mpe2._mpe_utils.simple_env.SimpleEnv.render", lambda env: np.zeros((9, 9, 3), np.uint8))
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)

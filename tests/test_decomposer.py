@@ -15,10 +15,10 @@ from stas_ippo_alicebob import (
     centred_correlation,
     conserve,
     decompose,
+    distribute_return,
     explained_variance,
     sample_coalitions,
     shapley_weights,
-    spread_return,
 )
 
 D, H = 8, 2
@@ -408,7 +408,7 @@ def test_dense_episodic_uniform_are_what_they_say():
             for kind, value in expected.items():
                 assert credits[kind][e, t].tolist() == pytest.approx([value] * N, abs=1e-5)
     with pytest.raises(ValueError, match="where"):
-        spread_return(reward.sum(1), valid, N, "first")
+        distribute_return(reward.sum(1), valid, N, "first")
 
 
 def test_replay_buffer_is_a_ring_of_episodes():

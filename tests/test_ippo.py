@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from envs.alice_bob import AliceBob, parallel_env
+from envs.mpe import make
 from stas_ippo_alicebob import ActorCritic, compute_gae, evaluate, play_episode, rollout
+from stas_ippo_mpe import ContinuousActorCritic
 
 
 @pytest.mark.parametrize("gamma, gae_lambda", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0)])
@@ -105,11 +107,86 @@ def test_who_sees_what():
         assert agent.value(obs.unsqueeze(0)).shape == (1, 5, 2)
 
 
+def test_only_a_timed_critic_knows_the_time():
+    agent, obs = make_agent(timed=True), torch.randn(5, 2, 19)
+    early, late = (agent.value(obs, torch.full((5,), time)) for time in (0.0, 1.0))
+    assert early.shape == (5, 2) and not torch.allclose(early, late)
+    batch = agent.value(obs, torch.tensor([0.0, 1, 0, 1, 0]))
+    assert torch.allclose(batch[::2], early[::2]) and torch.allclose(batch[1::2], late[1::2])
+    assert make_agent(timed=True, centralized=True).value(obs, torch.rand(5)).shape == (5, 2)
+
+
+def make_continuous_agent() -> ContinuousActorCritic:
+    torch.manual_seed(0)
+    agent = ContinuousActorCritic(19, 5, 2)
+    torch.nn.init.normal_(agent.actor[-1].weight, std=1.0)
+    return agent
+
+
+def test_continuous_actions_are_beta_draws_from_the_generator():
+    agent, obs = make_continuous_agent(), torch.randn(1, 2, 19).expand(20_000, -1, -1)
+    act, _ = agent.act(obs, torch.Generator().manual_seed(0))
+    assert act.shape == (20_000, 2, 5) and act.min() > 0 and act.max() < 1
+    policy = agent.policy(obs[0])
+    a, b = policy.concentration1, policy.concentration0
+    mean, variance = a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
+    assert ((act.mean(0) - mean).abs() < 4.5 * (variance / len(act)).sqrt()).all()
+    assert (act.var(0) / variance - 1).abs().max() < 0.06
+    assert torch.equal(act, agent.act(obs, torch.Generator().manual_seed(0))[0])
+
+
+def test_continuous_logprob_and_entropy_by_numerical_integration():
+    agent, obs = make_continuous_agent(), torch.randn(3, 2, 19)
+    act, stored = agent.act(obs, torch.Generator().manual_seed(0))
+    logprob, entropy = agent.evaluate(obs, act)
+    assert torch.equal(stored, logprob)
+    policy = agent.policy(obs)
+    parameters = torch.stack((policy.concentration1, policy.concentration0), dim=-1)  # (3, 2, 5, 2)
+    grid = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    for e in range(3):
+        for i in range(2):
+            expected_logprob = expected_entropy = 0.0
+            for k, (a, b) in enumerate(parameters[e, i].tolist()):
+                log_density = (a - 1) * grid.log() + (b - 1) * (1 - grid).log()
+                log_density = log_density - log_density.exp().mean().log()  # the density integrates to 1
+                expected_entropy -= (log_density.exp() * log_density).mean().item()
+                x = act[e, i, k].item()
+                log_norm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+                expected_logprob += log_norm + (a - 1) * math.log(x) + (b - 1) * math.log(1 - x)
+            assert logprob[e, i].item() == pytest.approx(expected_logprob, abs=1e-4)
+            assert entropy[e, i].item() == pytest.approx(expected_entropy, abs=1e-4)
+
+
+def test_a_continuous_rollout_stores_what_was_done():
+    torch.manual_seed(0)
+    env, replay = (make("push", 4, 2, continuous_actions=True) for _ in range(2))
+    env.reset(seed=0)
+    replay.reset(seed=0)
+    agent, rewards = ContinuousActorCritic(env.obs_dim, 5, 2), []
+
+    def watch(env) -> None:
+        rewards.append(env.team_reward())
+
+    obs, act, logprob, team_reward, valid = rollout(env, agent, torch.Generator().manual_seed(0), watch)
+    assert act.shape == (4, 25, 2, 5) and logprob.shape == (4, 25, 2) and valid.all()
+    assert torch.equal(torch.stack(rewards, dim=1), team_reward)
+    assert torch.equal(agent.evaluate(obs, act)[0], logprob)
+    next_obs = replay.reset()  # rollout resets, too
+    for t in range(25):
+        assert torch.equal(next_obs, obs[:, t])
+        next_obs, reward, _ = replay.step(act[:, t])
+        assert torch.equal(reward, team_reward[:, t])
+
+
 def test_an_episode_on_pettingzoo_equals_the_batched_game():
     agent, generator = make_agent(), torch.Generator().manual_seed(0)
     frames = []
+
+    def watch(env) -> None:
+        frames.append(env.render())
+
     with torch.no_grad():
-        episode = play_episode(parallel_env("rgb_array"), lambda obs: agent.act(obs, generator)[0], 0, frames)
+        episode = play_episode(parallel_env("rgb_array"), lambda obs: agent.act(obs, generator)[0], 0, watch)
     length = episode["obs"].shape[1]
     assert len(frames) == length + 1 and episode["valid"].all()
     env = AliceBob(1)

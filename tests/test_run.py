@@ -10,17 +10,21 @@ import sys
 import time
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, TINY
+from conftest import ALICEBOB, MPE, ROOT, SCRIPTS, TINY
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import stas_ippo_alicebob
+import stas_ippo_mpe
 from envs.alice_bob import AliceBob, parallel_env
-from stas_ippo_alicebob import ActorCritic, Args, Decomposer, encode_obs, play_episode
+from envs.mpe import make, make_pettingzoo
+from stas_ippo_alicebob import ActorCritic, Decomposer, encode_obs, play_episode
 
 TIMES = ("wall_time", "time/", "charts/SPS")
+MODULES = {ALICEBOB: stas_ippo_alicebob, MPE: stas_ippo_mpe}
 
 
 def read_metrics(run_dir) -> list[dict]:
@@ -29,9 +33,9 @@ def read_metrics(run_dir) -> list[dict]:
         return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in csv.DictReader(file)]
 
 
-def test_a_run_leaves_a_complete_folder(run_script, tmp_path):
-    code, out, err = run_script(f"{TINY} --run-dir run")
-    assert code == 0 and "treasure_rate" in out
+def test_a_run_leaves_a_complete_folder(script, run_script, tiny, tmp_path):
+    code, out, err = run_script(f"{tiny} --run-dir run")
+    assert code == 0 and "over 2 episodes; see run" in out
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()}
     assert {re.sub(r"tfevents.*", "tfevents", name) for name in names} == {
@@ -40,16 +44,18 @@ def test_a_run_leaves_a_complete_folder(run_script, tmp_path):
     }  # fmt: skip
 
     config = json.loads((run / "config.json").read_text())
-    assert set(config["flags"]) == {field.name for field in fields(Args)} and config["flags"]["num_envs"] == 8
+    assert set(config["flags"]) == {field.name for field in fields(MODULES[script].Args)}
+    assert config["flags"]["emb_dim"] == 8 and config["flags"]["reward_scale"] > 0
     assert config["versions"]["torch"] == torch.__version__
 
     rows = read_metrics(run)
     assert [int(row["iteration"]) for row in rows] == [1, 2, 3]
     steps = [int(row["global_step"]) for row in rows]
-    assert steps == sorted(steps) and steps[-2] < 900 <= steps[-1] <= 3 * 8 * 40
-    last = rows[-1]
-    assert float(last["charts/agent_return_sum"]) == pytest.approx(2 * float(last["charts/episodic_return"]), rel=1e-6)
-    everywhere = [name for name in last if not name.startswith("decomposer/reward_correlation")]
+    assert steps == [200, 400, 600]
+    last, agents = rows[-1], 2 if script == ALICEBOB else 3
+    total = agents * float(last["charts/episodic_return"])
+    assert float(last["charts/agent_return_sum"]) == pytest.approx(total, rel=1e-6)
+    everywhere = [name for name in last if script == MPE or not name.startswith("decomposer/reward_correlation")]
     assert all(last[name] for name in everywhere)
 
     events = EventAccumulator(str(run)).Reload()
@@ -59,7 +65,8 @@ def test_a_run_leaves_a_complete_folder(run_script, tmp_path):
         assert logged == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
 
     summary = json.loads((run / "summary.json").read_text())
-    kinds = ("episodic_return", "episodic_return_std", "episodic_length", "episodes", "treasure_rate")
+    kinds = ["episodic_return", "episodic_return_std", "episodic_length", "episodes"]
+    kinds += ["treasure_rate"] if script == ALICEBOB else []
     assert set(summary) == {f"{who}/{kind}" for who in ("eval", "random") for kind in kinds} | {
         "global_step",
         "wall_time",
@@ -71,24 +78,28 @@ def test_a_run_leaves_a_complete_folder(run_script, tmp_path):
     assert Image.open(run / "episode.gif").n_frames > 10
 
 
-def test_checkpoint_loads_safely_and_plays(run_script, tmp_path):
-    run_script(f"{TINY} --run-dir run")
+def test_checkpoint_loads_safely_and_plays(script, run_script, tiny, no_pictures, tmp_path):
+    run_script(f"{tiny} --run-dir run")
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    documented = re.search(r"checkpoint.pt holds: (.*?) \(", stas_ippo_alicebob.__doc__, re.DOTALL).group(1)
+    documented = re.search(r"checkpoint.pt holds: (.*?) \(", MODULES[script].__doc__, re.DOTALL).group(1)
     assert set(re.findall(r"\w+", documented)) == set(checkpoint)
-    agent = ActorCritic(obs_dim=82, num_actions=4, num_agents=2)
+    obs_dim, num_actions, num_agents, horizon = (82, 4, 2, 40) if script == ALICEBOB else (18, 5, 3, 25)
+    agent = ActorCritic(obs_dim, num_actions, num_agents, timed=script == MPE)
     agent.load_state_dict(checkpoint["agent"])
-    decomposer = Decomposer(82, 4, 2, 40, emb_dim=8, num_heads=2, num_layers=1)
+    decomposer = Decomposer(obs_dim, num_actions, num_agents, horizon, emb_dim=8, num_heads=2, num_layers=1)
     decomposer.load_state_dict(checkpoint["decomposer"])
-    episode = play_episode(parallel_env(), lambda obs: agent.act(encode_obs(obs), torch.Generator())[0], seed=0)
-    credits = decomposer(encode_obs(episode["obs"]), episode["act"], episode["valid"])
+    env, encode = (
+        (parallel_env(), encode_obs) if script == ALICEBOB else (make_pettingzoo("spread", 3), lambda obs: obs)
+    )
+    episode = play_episode(env, lambda obs: agent.act(encode(obs), torch.Generator())[0], seed=0)
+    credits = decomposer(encode(episode["obs"]), episode["act"], episode["valid"])
     assert credits.shape == episode["act"].shape
-    assert len(checkpoint["buffer"]["data"]["obs"]) == 20
+    assert len(checkpoint["buffer"]["data"]["obs"]) == 12
 
 
-def test_same_seed_same_numbers(run_script, no_pictures, tmp_path):
+def test_same_seed_same_numbers(run_script, tiny, no_pictures, tmp_path):
     for name, flags in (("a", "--seed 1"), ("b", "--seed 1"), ("c", "--seed 2")):
-        assert run_script(f"{TINY} {flags} --run-dir {name}")[0] == 0
+        assert run_script(f"{tiny} {flags} --run-dir {name}")[0] == 0
     a, b, c = (read_metrics(tmp_path / name) for name in "abc")
     assert a == b and a != c
     keys = ("eval/episodic_return", "random/episodic_return")
@@ -96,9 +107,9 @@ def test_same_seed_same_numbers(run_script, no_pictures, tmp_path):
     assert all(summaries[0][key] == summaries[1][key] for key in keys)
 
 
-def start(tmp_path, flags: str) -> subprocess.Popen:
+def start(script: str, tmp_path, flags: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / SCRIPT), *flags.split()],
+        [sys.executable, str(ROOT / script), *flags.split()],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -111,16 +122,15 @@ def wait_for_rows(path, rows: int) -> None:
     raise AssertionError(f"{path} did not reach {rows} rows")
 
 
-LONG = TINY.replace("900", "12000") + " --checkpoint-every 4"
-
-
-def test_interrupted_runs_continue_as_if_nothing_had_happened(run_script, no_pictures, tmp_path):
-    assert run_script(f"{LONG} --run-dir whole")[0] == 0
+@pytest.mark.parametrize("script, more", [(ALICEBOB, ""), (MPE, ""), (MPE, "--scenario tag --continuous-actions")])
+def test_interrupted_runs_continue_as_if_nothing_had_happened(script, more, run_script, tiny, no_pictures, tmp_path):
+    long = tiny.replace("--total-timesteps 600", f"--total-timesteps 7600 --checkpoint-every 4 {more}")
+    assert run_script(f"{long} --run-dir whole")[0] == 0
     whole = read_metrics(tmp_path / "whole")
     # SIGKILL comes without warning, between two checkpoints; the others finish the iteration and save.
     for signum, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)):
         run = tmp_path / signum.name
-        process = start(tmp_path, f"{LONG} --run-dir {run.name}")
+        process = start(script, tmp_path, f"{long} --run-dir {run.name}")
         wait_for_rows(run / "metrics.csv", 10)
         process.send_signal(signum)
         _, err = process.communicate(timeout=60)
@@ -132,7 +142,7 @@ def test_interrupted_runs_continue_as_if_nothing_had_happened(run_script, no_pic
             assert saved == len(left) // 4 * 4
         else:
             assert saved == len(left)
-            assert f"stas_ippo_alicebob.py --resume {run.name}" in err
+            assert f"{script} --resume {run.name}" in err
         time.sleep(1)  # TensorBoard orders files by the second they began in; a new process is never that quick
         assert run_script(f"--resume {run.name}")[0] == 0
         assert read_metrics(run) == whole
@@ -140,12 +150,12 @@ def test_interrupted_runs_continue_as_if_nothing_had_happened(run_script, no_pic
         events = EventAccumulator(str(run)).Reload().Scalars("charts/episodic_return")
         assert [event.step for event in events] == [int(row["global_step"]) for row in whole]
         summaries = [json.loads((path / "summary.json").read_text()) for path in (tmp_path / "whole", run)]
-        for name in ("eval/episodic_return", "eval/treasure_rate", "global_step"):
+        for name in ("eval/episodic_return", "random/episodic_return", "global_step"):
             assert summaries[0][name] == summaries[1][name]
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(run_script, no_pictures, tmp_path):
-    assert run_script(f"{TINY} --run-dir whole")[0] == 0
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(run_script, tiny, no_pictures, tmp_path):
+    assert run_script(f"{tiny} --run-dir whole")[0] == 0
     run = tmp_path / "early"
     run.mkdir()
     (run / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
@@ -156,8 +166,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(run_script, no_pic
     assert read_metrics(run) == read_metrics(tmp_path / "whole")
 
 
-def test_resuming_a_finished_run_redoes_the_pictures_and_may_prolong_it(run_script, tmp_path):
-    assert run_script(f"{TINY} --run-dir run --no-anneal-lr")[0] == 0
+def test_resuming_a_finished_run_redoes_the_pictures_and_may_prolong_it(script, run_script, tiny, tmp_path):
+    assert run_script(f"{tiny} --run-dir run --no-anneal-lr")[0] == 0
     rows = read_metrics(tmp_path / "run")
     for name in ("summary.json", "credit.png", "learning_curve.png", "episode.gif"):
         (tmp_path / "run" / name).unlink()
@@ -166,18 +176,18 @@ def test_resuming_a_finished_run_redoes_the_pictures_and_may_prolong_it(run_scri
     assert "--gamma" in out and "ignored" in out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["eval/episodes"] == 3
     assert (tmp_path / "run" / "credit.png").exists() and (tmp_path / "run" / "episode.gif").exists()
-    assert run_script("--resume run --total-timesteps 1500")[0] == 0
+    assert run_script("--resume run --total-timesteps 1000")[0] == 0
     longer = read_metrics(tmp_path / "run")
     assert len(longer) == 5 and longer[:3] == rows
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["flags"]["gamma"] == Args.gamma
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["flags"]["gamma"] == MODULES[script].Args.gamma
 
 
 # What each flag must change, beside the run above: anything but the times.
 ALIVE = {
     "seed": "2",
-    "num_envs": "9",
-    "total_timesteps": "1200",
-    "learning_rate": "1e-3",
+    "num_envs": "7",
+    "total_timesteps": "800",
+    "learning_rate": "2e-3",
     "anneal_lr": "no",
     "gamma": "0.5",
     "gae_lambda": "0.5",
@@ -200,9 +210,17 @@ ALIVE = {
     "decomposer_batch_size": "9",
     "decomposer_updates": "3",
     "buffer_size": "10",
-    "learning_starts": "20",
-    "reward_scale": "10",
+    "learning_starts": "9",
+    "reward_scale": "30",
 }
+OPTIONS_OF_MPE = {
+    "scenario": "push",
+    "num_agents": "4",
+    "continuous_actions": "yes",
+    "num_agent_neighbors": "1",
+    "num_landmark_neighbors": "1",
+}
+OPTIONS_OF_TAG = {"num_prey": "2", "num_obstacles": "0"}
 
 
 def flag(name: str, value: str) -> str:
@@ -210,46 +228,50 @@ def flag(name: str, value: str) -> str:
     return {"yes": option, "no": option.replace("--", "--no-", 1)}.get(value, f"{option} {value}")
 
 
-def test_every_flag_that_shapes_learning_changes_what_is_learned(run_script, no_pictures, tmp_path):
-    base = f"{TINY} --learning-rate 0.01 --clip-coef 0.1"  # large enough to clip values and ratios
-    changes = [*ALIVE.items()]
+def test_every_flag_that_shapes_learning_changes_what_is_learned(script, run_script, tiny, no_pictures, tmp_path):
+    base = f"{tiny} --learning-rate 0.01 --clip-coef 0.1"  # large enough to clip values and ratios
+    changes = [("base", ""), *ALIVE.items()]
     changes += [("credit", kind) for kind in ("temporal", "uniform", "episodic", "dense")]
     changes += [("coalition", kind) for kind in ("permutation", "exact")]
-    changes += [("conserve", kind) for kind in ("none", "terminal", "uniform") if kind != Args.conserve]
+    changes += [("conserve", kind) for kind in ("none", "terminal", "uniform") if kind != MODULES[script].Args.conserve]
+    if script == MPE:
+        changes += [("credit", "shapley"), ("credit", "difference"), *OPTIONS_OF_MPE.items()]
+        changes += [("scenario", "tag"), *OPTIONS_OF_TAG.items()]
     seen = {}
-    for name, value in [("base", ""), *changes]:
+    for name, value in changes:
         change = flag(name, value) if value else ""
-        assert run_script(f"{base} {change} --run-dir {name}{value}")[0] == 0
+        scenario = "--scenario tag" if name in OPTIONS_OF_TAG else ""
+        assert run_script(f"{base} {scenario} {change} --run-dir {name}{value}")[0] == 0
         agent = torch.load(tmp_path / f"{name}{value}" / "checkpoint.pt", weights_only=True)["agent"]
-        weights = agent["actor.0.weight"] if name != "critic" else agent["critic.0.weight"]
+        weights = agent["actor.0.weight"]
         for other, known in seen.items():
             assert not torch.equal(weights, known), f"{change} learns what {other or 'the defaults'} learned"
-        if name != "critic":
-            seen[change] = weights
+        seen[change] = weights
 
 
-def test_every_other_flag_does_what_it_says(run_script, no_pictures, tmp_path, monkeypatch):
+def test_every_other_flag_does_what_it_says(script, run_script, tiny, no_pictures, tmp_path, monkeypatch):
     """The flags that do not shape learning; with those above, these are all."""
     others = "exp_name torch_deterministic cuda track wandb_project_name wandb_entity num_threads run_dir resume"
     others += " checkpoint_every eval_episodes credit coalition conserve"
-    assert {*ALIVE, *others.split()} == {field.name for field in fields(Args)}
+    options = {*OPTIONS_OF_MPE, *OPTIONS_OF_TAG} if script == MPE else set()
+    assert {*ALIVE, *options, *others.split()} == {field.name for field in fields(MODULES[script].Args)}
 
     seen = []
     monkeypatch.setattr(torch, "set_num_threads", lambda n: seen.append(n))
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: seen.append(on))
-    code, out, _ = run_script(f"{TINY} --exp-name mine --seed 7 --cuda --no-torch-deterministic")
+    code, out, _ = run_script(f"{tiny} --exp-name mine --seed 7 --cuda --no-torch-deterministic")
     assert code == 0 and [1, False] == seen[:2]
     (run,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"alice_bob__mine__7__\d+", run.name)
+    assert re.fullmatch(rf"{'alice_bob' if script == ALICEBOB else 'spread_3'}__mine__7__\d+", run.name)
     if not torch.cuda.is_available():
         assert out.count("no CUDA device found") == 1
 
 
-def test_tracking_starts_wandb(run_script, tmp_path, monkeypatch):
+def test_tracking_starts_wandb(run_script, tiny, tmp_path, monkeypatch):
     (tmp_path / "wandb.py").write_text("calls = []\ndef init(**flags): calls.append(flags)\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    code, _, err = run_script(f"{TINY} --track --wandb-project-name p --wandb-entity e --run-dir run")
+    code, _, err = run_script(f"{tiny} --track --wandb-project-name p --wandb-entity e --run-dir run")
     assert code == 0, err
     (call,) = sys.modules.pop("wandb").calls
     assert (call["project"], call["entity"], call["name"], call["sync_tensorboard"]) == ("p", "e", "run", True)
@@ -275,20 +297,35 @@ BAD = [
 ] + ["--emb-dim 30", "--emb-dim 64 --num-heads 5"]
 
 
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_values_end_with_one_line_and_leave_nothing(flags, run_script, tmp_path):
+BAD_MPE = [
+    "--num-agents 0",
+    "--num-agent-neighbors 0",
+    "--num-landmark-neighbors 0",
+    "--num-prey 0 --scenario tag",
+    "--num-prey 2",
+    "--num-obstacles -1 --scenario tag",
+    "--num-obstacles 2 --scenario push",
+    "--num-landmark-neighbors 2 --scenario push",
+    "--credit shapley --scenario tag",
+    "--credit difference --scenario push",
+    "--coalition exact --num-agents 15",
+]
+
+
+@pytest.mark.parametrize("script, flags", [(s, f) for s in SCRIPTS for f in BAD + (BAD_MPE if s == MPE else [])])
+def test_bad_values_end_with_one_line_and_leave_nothing(script, flags, run_script, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     (tmp_path / "file").touch()
-    code, out, err = run_script(flags)
+    code, out, err = run_script(flags, script)
     assert code == 2 and out == ""
     assert len(err.splitlines()) == 1
     name, value = flags.split()[:2]
-    assert f"{name} " in err and value.split("e")[0] in err and "must be" in err
+    assert f"{name} " in err and (value if value.isalpha() else value.split("e")[0]) in err and "must be" in err
     assert {path.name for path in tmp_path.iterdir()} == {"full", "file"}
 
 
-def test_tracking_without_wandb_is_an_error(run_script, monkeypatch, tmp_path):
+def test_tracking_without_wandb_is_an_error(script, run_script, monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = run_script("--track")
     assert code == 2 and len(err.splitlines()) == 1 and "wandb" in err and not list(tmp_path.iterdir())
@@ -296,14 +333,14 @@ def test_tracking_without_wandb_is_an_error(run_script, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--credit shapley", "--coalition all", "--conserve some", "--critic two", "--num-envs x", "--no-such-flag"],
+    ["--credit all", "--coalition all", "--conserve some", "--critic two", "--num-envs x", "--no-such-flag"],
 )
-def test_what_cannot_be_parsed_gets_exit_code_2(flags, run_script, tmp_path):
+def test_what_cannot_be_parsed_gets_exit_code_2(script, flags, run_script, tmp_path):
     code, _, err = run_script(flags)
     assert code == 2 and err and not list(tmp_path.iterdir())
 
 
-def test_resume_refuses_what_is_not_a_run(run_script, tmp_path):
+def test_resume_refuses_what_is_not_a_run(run_script, tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"flags": {"no_such_flag": 1}}')
@@ -312,26 +349,30 @@ def test_resume_refuses_what_is_not_a_run(run_script, tmp_path):
     for name in ("empty", "odd", "text"):
         code, out, err = run_script(f"--resume {name}")
         assert code == 2 and len(err.splitlines()) == 1 and f"--resume {name}" in err
-    assert run_script(f"{TINY} --run-dir run")[0] == 0
+    assert run_script(f"{tiny} --run-dir run")[0] == 0
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"damaged")
     code, _, err = run_script("--resume run")
     assert code == 2 and len(err.splitlines()) == 1 and "checkpoint.pt" in err
 
 
 @pytest.mark.parametrize(
-    "flags, loss",
-    [("--decomposer-lr 1e30", "decomposer/loss"), ("--learning-rate 1e30 --credit dense", "PPO's (loss|gradient)")],
+    "script, flags, loss",
+    [
+        *[(script, "--decomposer-lr 1e30", "decomposer/loss") for script in SCRIPTS],
+        *[(script, "--learning-rate 1e30 --credit dense", "PPO's (loss|gradient)") for script in SCRIPTS],
+        (MPE, "--learning-rate 1e36 --continuous-actions", "PPO's (loss|gradient)"),
+    ],
 )
-def test_a_loss_that_is_not_finite_stops_the_run(flags, loss, run_script, tmp_path):
-    code, _, err = run_script(f"{TINY} --checkpoint-every 1 {flags} --run-dir run")
+def test_a_loss_that_is_not_finite_stops_the_run(script, flags, loss, run_script, tiny, tmp_path):
+    code, _, err = run_script(f"{tiny} --checkpoint-every 1 {flags} --run-dir run")
     assert code == 1 and len(err.splitlines()) == 1
     assert re.search(rf"{loss} is .*iteration \d", err)
 
 
 @pytest.mark.parametrize("factor", ["nan", "inf"])
-def test_the_last_good_checkpoint_survives_a_bad_loss(factor, run_script, no_pictures, monkeypatch, tmp_path):
+def test_the_last_good_checkpoint_survives_a_bad_loss(factor, run_script, tiny, no_pictures, monkeypatch, tmp_path):
     """With a factor of inf the loss of a zero head is nan; with a finite loss, its gradient is what fails."""
-    assert run_script(f"{TINY} --run-dir run")[0] == 0
+    assert run_script(f"{tiny} --run-dir run")[0] == 0
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     good = checkpoint.read_bytes()
 
@@ -341,14 +382,14 @@ def test_the_last_good_checkpoint_survives_a_bad_loss(factor, run_script, no_pic
         return (predicted - predicted.detach()).abs().sqrt().sum()  # 0, with an infinite slope
 
     monkeypatch.setattr("torch.nn.functional.mse_loss", bad_loss)
-    code, _, err = run_script("--resume run --total-timesteps 1500")
+    code, _, err = run_script("--resume run --total-timesteps 1000")
     assert code == 1 and len(err.splitlines()) == 1 and "iteration 4" in err
     assert checkpoint.read_bytes() == good
     assert not (tmp_path / "run" / "summary.json").exists()  # that of the shorter run no longer holds
 
 
-def test_a_checkpoint_is_written_whole_or_not_at_all(run_script, no_pictures, monkeypatch, tmp_path):
-    assert run_script(f"{TINY} --run-dir run")[0] == 0
+def test_a_checkpoint_is_written_whole_or_not_at_all(run_script, tiny, no_pictures, monkeypatch, tmp_path):
+    assert run_script(f"{tiny} --run-dir run")[0] == 0
     good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
 
     def die_half_way(state, path):
@@ -357,28 +398,39 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(run_script, no_pictures, mo
 
     monkeypatch.setattr("torch.save", die_half_way)
     with pytest.raises(OSError, match="no space"):
-        run_script("--resume run --total-timesteps 1500")
+        run_script("--resume run --total-timesteps 1000")
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
 
 
-def test_a_run_may_move_to_another_kind_of_device(run_script, no_pictures, tmp_path):
+def test_a_run_may_move_to_another_kind_of_device(run_script, tiny, no_pictures, tmp_path):
     """Its generators cannot move along, so it goes on with others."""
-    assert run_script(f"{TINY} --run-dir run")[0] == 0
+    assert run_script(f"{tiny} --run-dir run")[0] == 0
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     other = {"generator": torch.zeros(16, dtype=torch.uint8), "device": "other"}
     torch.save(checkpoint | other | {"env_generator": other["generator"]}, tmp_path / "run" / "checkpoint.pt")
-    assert run_script("--resume run --total-timesteps 1500")[0] == 0
+    assert run_script("--resume run --total-timesteps 1000")[0] == 0
     assert len(read_metrics(tmp_path / "run")) == 5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_run_on_cuda_resumes_there_and_on_the_cpu(run_script, no_pictures, tmp_path):
-    assert run_script(f"{TINY} --cuda --run-dir run")[0] == 0
-    assert run_script("--resume run --total-timesteps 1500")[0] == 0
-    assert run_script("--resume run --total-timesteps 2100 --no-cuda")[0] == 0
+@pytest.mark.parametrize(
+    "script, more",
+    [
+        (ALICEBOB, ""),
+        (MPE, ""),
+        (MPE, "--scenario tag"),
+        (MPE, "--scenario push --continuous-actions"),
+        (MPE, "--credit difference --critic centralized"),
+    ],
+)
+def test_a_run_on_cuda_resumes_there_and_on_the_cpu(script, more, run_script, tiny, no_pictures, tmp_path):
+    assert run_script(f"{tiny} --cuda {more} --run-dir run")[0] == 0
+    assert run_script("--resume run --total-timesteps 1000")[0] == 0
+    assert run_script("--resume run --total-timesteps 1400 --no-cuda")[0] == 0
 
 
-def test_frozen_steps_carry_no_weight(run_script, no_pictures, monkeypatch, tmp_path):
+@pytest.mark.parametrize("script", [ALICEBOB], indirect=True)
+def test_frozen_steps_carry_no_weight(script, run_script, no_pictures, monkeypatch, tmp_path):
     """Episodes that start beside the treasure with open doors end after a few steps; what comes then is noise."""
     reset, step = AliceBob.reset, AliceBob.step
 
@@ -394,7 +446,7 @@ def test_frozen_steps_carry_no_weight(run_script, no_pictures, monkeypatch, tmp_
         return obs, team_reward, terminated
 
     monkeypatch.setattr(AliceBob, "reset", easy_reset)
-    flags = f"{TINY.replace('900', '500')} --conserve none"
+    flags = f"{TINY[ALICEBOB].replace('600', '500')} --num-envs 8 --conserve none"
     assert run_script(f"{flags} --run-dir clean")[0] == 0
     monkeypatch.setattr(AliceBob, "step", noisy_step)
     assert run_script(f"{flags} --run-dir noisy")[0] == 0
@@ -407,8 +459,8 @@ def test_frozen_steps_carry_no_weight(run_script, no_pictures, monkeypatch, tmp_
     assert max(float(row["charts/treasure_rate"]) for row in clean) > 0.5
 
 
-def test_importing_the_script_runs_nothing(tmp_path):
-    code = "import sys; sys.argv = ['x', '--bad']; import stas_ippo_alicebob; print('quiet')"
+def test_importing_the_script_runs_nothing(script, tmp_path):
+    code = f"import sys; sys.argv = ['x', '--bad']; import {script.removesuffix('.py')}; print('quiet')"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "quiet\n" and result.returncode == 0
 
@@ -424,21 +476,71 @@ def test_scripts_share_their_classes_and_functions_word_for_word():
     assert {"Decomposer", "ShapleyAttention", "compute_gae"} <= set(seen)
 
 
-def test_help_documents_every_flag():
-    result = subprocess.run([sys.executable, str(ROOT / SCRIPT), "--help"], capture_output=True, text=True)
+def test_help_documents_every_flag(script):
+    result = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
     assert result.returncode == 0
-    for field in fields(Args):
+    for field in fields(MODULES[script].Args):
         assert field.name.replace("_", "-") in result.stdout
-    tree = ast.parse((ROOT / SCRIPT).read_text())
+    tree = ast.parse((ROOT / script).read_text())
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
     for declaration, docstring in zip(body[::2], body[1::2], strict=True):
         assert isinstance(declaration, ast.AnnAssign) and isinstance(docstring.value.value, str)
 
 
-def test_a_short_run_learns_to_stop_bumping(run_script, no_pictures, tmp_path):
+@pytest.mark.parametrize("script", [ALICEBOB], indirect=True)
+def test_a_short_run_learns_to_stop_bumping(script, run_script, no_pictures, tmp_path):
     """Bumps are learnt first: random agents lose 2.6 a game with a standard error of 0.05."""
-    flags = "--num-envs 128 --total-timesteps 80000 --learning-starts 0 --emb-dim 32 --eval-episodes 20"
+    flags = "--num-envs 128 --total-timesteps 80000 --emb-dim 32 --eval-episodes 20"
     assert run_script(f"{flags} --run-dir run")[0] == 0
     rows = read_metrics(tmp_path / "run")
     first, last = (float(rows[i]["charts/episodic_return"]) for i in (0, -1))
     assert first < -2.2 and last > first + 0.5
+
+
+@pytest.mark.parametrize("script", [MPE], indirect=True)
+def test_a_short_run_learns_to_cover_landmarks(script, run_script, no_pictures, tmp_path):
+    """Random teams earn -27 with a standard deviation of 8 an episode: 1 for the mean of an iteration."""
+    flags = "--num-envs 64 --total-timesteps 48000 --credit dense --eval-episodes 2"
+    assert run_script(f"{flags} --run-dir run")[0] == 0
+    rows = read_metrics(tmp_path / "run")
+    first, last = (float(rows[i]["charts/episodic_return"]) for i in (0, -1))
+    assert first < -24 and last > first + 4
+
+
+@pytest.mark.parametrize("script", [MPE], indirect=True)
+def test_correlations_are_logged_where_they_are_defined(script, run_script, tiny, no_pictures, tmp_path):
+    when, who = "decomposer/reward_correlation", "decomposer/shapley_correlation"
+    cases = {"stas": (True, True), "temporal": (True, False), "dense": (False, False), "shapley": (False, False)}
+    for credit, defined in cases.items():
+        assert run_script(f"{tiny} --credit {credit} --run-dir {credit}")[0] == 0
+        assert all((bool(row[when]), bool(row[who])) == defined for row in read_metrics(tmp_path / credit))
+    assert run_script(f"{tiny} --scenario push --run-dir push")[0] == 0
+    assert all(row[when] and not row[who] for row in read_metrics(tmp_path / "push"))
+
+
+@pytest.mark.parametrize("script", [MPE], indirect=True)
+def test_correlations_against_a_replay_of_the_stored_episodes(script, run_script, tiny, no_pictures, tmp_path):
+    """The last iteration's episodes stand in the buffer: act again from every stored observation, and correlate."""
+    assert run_script(f"{tiny} --coalition exact --run-dir run")[0] == 0
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    obs, act = (checkpoint["buffer"]["data"][name][-8:] for name in ("obs", "act"))  # 24 episodes in a ring of 12
+    decomposer = Decomposer(18, 5, 3, 25, emb_dim=8, num_heads=2, num_layers=1, coalition="exact")
+    decomposer.load_state_dict(checkpoint["decomposer"])
+    with torch.no_grad():
+        credits = decomposer(obs, act, torch.ones(8, 25, dtype=torch.bool)).double().numpy()
+    reward, shares = np.zeros((8, 25)), np.zeros((8, 25, 3))
+    for t in range(25):
+        env = make("spread", 8, 3)
+        env.agent_vel, env.agent_pos = obs[:, t, :, 0:2], obs[:, t, :, 2:4]
+        env.landmark_pos = env.agent_pos[:, :1] + obs[:, t, 0, 4:10].view(8, 3, 2)
+        reward[:, t] = env.step(act[:, t])[1]
+        shares[:, t] = env.shapley_reward()
+
+    def correlation(x: np.ndarray, y: np.ndarray, axis: int) -> float:
+        x, y = (z - z.mean(axis=axis, keepdims=True) for z in (x, y))
+        return np.corrcoef(x.flatten(), y.flatten())[0, 1]
+
+    last = read_metrics(tmp_path / "run")[-1]
+    when, who = correlation(credits.sum(axis=2), reward, 1), correlation(credits, shares, 2)
+    assert float(last["decomposer/reward_correlation"]) == pytest.approx(when, abs=1e-3)
+    assert float(last["decomposer/shapley_correlation"]) == pytest.approx(who, abs=1e-3)

@@ -1,0 +1,351 @@
+"""The batched particle environments against mpe2, step for step, and their exact credits against brute force."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from pettingzoo.test import parallel_api_test, parallel_seed_test, render_test
+
+from envs.mpe import (
+    SimpleSpread,
+    copy_state,
+    distances,
+    make,
+    make_pettingzoo,
+    push_parallel_env,
+    raw_env,
+)
+from stas_ippo_mpe import ActorCritic, evaluate
+
+STATE = {
+    "spread": ["agent_pos", "agent_vel", "landmark_pos"],
+    "tag": ["agent_pos", "agent_vel", "landmark_pos", "prey_pos", "prey_vel"],
+    "push": ["agent_pos", "agent_vel", "landmark_pos", "ball_pos", "ball_vel"],
+}
+
+
+def true_observations(env, num_agents: int) -> np.ndarray:
+    """What mpe2's scenario computes, before it is rounded to float32."""
+    world, scenario = env.unwrapped.world, env.unwrapped.scenario
+    return np.stack([scenario.observation(agent, world) for agent in world.agents[:num_agents]])
+
+
+def play_mpe2(env, one, act: np.ndarray, crowd: float) -> dict[str, list]:
+    """An episode of mpe2 from a crowded start: its first state, then observations, rewards and states of every step.
+
+    `one` is a batched environment with one episode, used to read states.
+    """
+    world = env.unwrapped.world
+    for entity in world.entities:
+        entity.state.p_pos = entity.state.p_pos * crowd
+    names = [name for name in vars(one) if name.endswith(("_pos", "_vel"))]
+
+    def state() -> dict[str, torch.Tensor]:
+        copy_state(world, one)
+        return {name: getattr(one, name)[0].clone() for name in names}
+
+    episode = {"state": [state()], "obs": [true_observations(env, one.num_agents)], "reward": [], "prey_reward": []}
+    for joint_act in act:
+        _, reward, *_ = env.step(dict(zip(env.possible_agents, joint_act)))
+        episode["reward"].append(np.mean([reward[name] for name in env.possible_agents]))
+        prey = world.agents[one.num_agents :]
+        episode["prey_reward"].append([env.unwrapped.scenario.reward(agent, world) for agent in prey])
+        episode["obs"].append(true_observations(env, one.num_agents))
+        episode["state"].append(state())
+    return episode
+
+
+@pytest.mark.parametrize("neighbors", ["all", "2 nearest", "more than there are"])
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("num_agents, episodes", [(3, 200), (6, 40), (15, 10)])
+@pytest.mark.parametrize("scenario", ["spread", "tag", "push"])
+def test_equal_to_mpe2_step_for_step(scenario, num_agents, episodes, continuous, neighbors):
+    options = {"continuous_actions": continuous}
+    if neighbors != "all":
+        k = 2 if neighbors == "2 nearest" else 30
+        episodes = math.ceil(episodes / 5)  # the physics is the same
+        options["num_agent_neighbors"] = k
+        if scenario != "push":
+            options["num_landmark_neighbors"] = k
+    elif (scenario, num_agents) == ("spread", 15):  # the default differs
+        options |= {"num_agent_neighbors": 14, "num_landmark_neighbors": 15}
+    rng = np.random.default_rng(0)
+    shape = (episodes, 25, num_agents)
+    act = rng.random((*shape, 5), dtype=np.float32) if continuous else rng.integers(5, size=shape)
+    theirs, one = (
+        make_pettingzoo(scenario, num_agents, **options),
+        make(scenario, 1, num_agents, dtype=torch.float64, **options),
+    )
+    played = []
+    for e in range(episodes):
+        theirs.reset(seed=e)
+        played.append(play_mpe2(theirs, one, act[e], crowd=0.4))
+
+    env = make(scenario, episodes, num_agents, dtype=torch.float64, **options)
+    env.reset()
+    for name in STATE[scenario]:
+        setattr(env, name, torch.stack([episode["state"][0][name] for episode in played]))
+    obs, touches = env.observe(), 0
+
+    def close(ours: torch.Tensor, true) -> bool:
+        return torch.allclose(ours, torch.as_tensor(np.array(true, dtype=float)), rtol=0, atol=1e-7)
+
+    assert close(obs, [episode["obs"][0] for episode in played])
+    for t in range(25):
+        obs, reward, terminated = env.step(torch.as_tensor(act[:, t]))
+        assert obs.dtype == torch.float64 and obs.shape == (episodes, num_agents, env.obs_dim)
+        assert close(obs, [episode["obs"][t + 1] for episode in played])
+        assert close(reward, [episode["reward"][t] for episode in played])
+        for name in STATE[scenario]:
+            assert close(getattr(env, name), [episode["state"][t + 1][name].numpy() for episode in played]), name
+        if scenario == "tag":
+            assert close(env.prey_reward(), [episode["prey_reward"][t] for episode in played])
+        touches += env.touching().sum().item()
+        if scenario != "spread":  # where two agents that touch do not count
+            touches += (distances(env.agent_pos, env.agent_pos) < 2 * env.size).sum().item() - episodes * num_agents
+        assert not terminated.any()
+    assert touches / (episodes * num_agents) > 0.3  # crowded: contacts per agent and episode
+
+
+def test_neighbors_of_15_agents_in_spread_are_the_papers():
+    assert make("spread", 2, 15).obs_dim == 4 + 2 * 6 + 2 * 5 + 2 * 5
+    assert make_pettingzoo("spread", 15).observation_space("agent_0").shape == (36,)
+    assert make("spread", 2, 15, num_agent_neighbors=2).obs_dim == 4 + 2 * 6 + 2 * 2 + 2 * 2
+    assert make("spread", 2, 6).obs_dim == 4 + 2 * 6 + 2 * 5 + 2 * 5  # all, in order
+
+
+@pytest.mark.parametrize("scenario", ["spread", "tag", "push"])
+def test_resets_are_distributed_as_in_mpe2(scenario):
+    """Ranges, means and standard deviations of all coordinates, and of the distance from the first landmark."""
+    count = 1500
+    theirs, one = make_pettingzoo(scenario, 3), make(scenario, 1, 3, dtype=torch.float64)
+    env = make(scenario, 4000, 3)
+    first = env.reset(seed=0)
+    samples = {name: [] for name in STATE[scenario]}
+    for e in range(count):
+        theirs.reset(seed=e)
+        copy_state(theirs.unwrapped.world, one)
+        for name in samples:
+            samples[name].append(getattr(one, name)[0])
+    samples = {name: torch.stack(values).float() for name, values in samples.items()}
+
+    def compare(ours: torch.Tensor, true: torch.Tensor) -> None:
+        """(4000, ...) against (count, ...)"""
+        error = (true.var(0) * (1 / len(ours) + 1 / len(true))).sqrt()
+        assert ((ours.mean(0) - true.mean(0)).abs() < 4.5 * error).all()
+        assert (ours.std(0) / true.std(0) - 1).abs().max() < 4.5 / math.sqrt(2 * count)
+
+    for name, true in samples.items():
+        ours = getattr(env, name)
+        if name.endswith("_vel"):
+            assert (ours == 0).all() and (true == 0).all()
+        else:
+            compare(ours, true)
+            assert (ours.amax() - true.amax()).abs() < 0.02 and (ours.amin() - true.amin()).abs() < 0.02
+    target = {"spread": "agent_pos", "tag": "prey_pos", "push": "ball_pos"}[scenario]
+    compare(
+        *(
+            (x - y[:, :1]).norm(dim=2)
+            for x, y in [(getattr(env, target), env.landmark_pos), (samples[target], samples["landmark_pos"])]
+        )
+    )
+    assert torch.equal(env.reset(seed=0), first) and not torch.equal(env.reset(), first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The exact split of spread's reward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def value_of(agents: list, landmarks: list, coalition: tuple[int, ...], num_agents: int) -> float:
+    """The team reward if only the agents of the coalition counted, by definition; positions are pairs of numbers."""
+    total = 0.0
+    for landmark in landmarks:
+        total -= 0.5 * min((math.dist(agents[i], landmark) for i in coalition), default=2 * math.sqrt(2))
+    for i, j in itertools.combinations(coalition, 2):
+        if math.dist(agents[i], agents[j]) < 0.3:
+            total -= 2 * 0.5 / num_agents
+    return total
+
+
+@pytest.mark.parametrize("num_agents", [1, 2, 3, 4, 5, 6])
+def test_shapley_and_difference_rewards_against_brute_force(num_agents):
+    env = SimpleSpread(4, num_agents, dtype=torch.float64)
+    env.reset(seed=num_agents)
+    env.agent_pos[:2] *= 0.3  # crowded
+    env.agent_pos[2] = env.agent_pos[2] + 4  # far outside, where an agent is worth less than nothing
+    shapley, difference, team_reward = env.shapley_reward(), env.difference_reward(), env.team_reward()
+    assert num_agents < 3 or env.touching()[:2].any()
+    everyone = tuple(range(num_agents))
+    for e in range(4):
+        agents, landmarks = env.agent_pos[e].tolist(), env.landmark_pos[e].tolist()
+        v = {
+            c: value_of(agents, landmarks, c, num_agents)
+            for size in range(num_agents + 1)
+            for c in itertools.combinations(everyone, size)
+        }
+        assert v[everyone] == pytest.approx(team_reward[e].item(), abs=1e-9)
+        expected = [0.0] * num_agents
+        for order in itertools.permutations(everyone):
+            for k, i in enumerate(order):
+                before = tuple(sorted(order[:k]))
+                gain = v[tuple(sorted((*before, i)))] - v[before]
+                expected[i] += gain / math.factorial(num_agents)
+        assert shapley[e].tolist() == pytest.approx(expected, abs=1e-9)
+        assert shapley[e].sum().item() == pytest.approx(v[everyone] - v[()], abs=1e-9)
+        without = [v[everyone] - v[tuple(j for j in everyone if j != i)] for i in everyone]
+        assert difference[e].tolist() == pytest.approx(without, abs=1e-9)
+
+
+def test_shapley_reward_adds_up_with_15_agents():
+    env = SimpleSpread(50, 15)
+    env.reset(seed=0)
+    nothing = -0.5 * 15 * 2 * math.sqrt(2)
+    assert torch.allclose(env.shapley_reward().sum(dim=1), env.team_reward() - nothing, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Protocol, prey, PettingZoo
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("scenario", ["spread", "tag", "push"])
+def test_protocol(scenario, continuous):
+    env = make(scenario, 5, 4, continuous_actions=continuous)
+    assert (env.num_envs, env.num_agents, env.horizon, env.num_actions, env.continuous) == (5, 4, 25, 5, continuous)
+    shape = (5, 4, 5) if continuous else (5, 4)
+    draw = torch.Generator().manual_seed(0)
+    obs = env.reset(seed=1)
+    assert obs.shape == (5, 4, env.obs_dim) and obs.dtype == torch.float32 and env.t == 0
+    for t in range(25):
+        act = torch.rand(shape, generator=draw) if continuous else torch.randint(5, shape, generator=draw)
+        obs, team_reward, terminated = env.step(act)
+        assert obs.shape == (5, 4, env.obs_dim) and team_reward.shape == (5,) and team_reward.dtype == torch.float32
+        assert terminated.shape == (5,) and not terminated.any() and env.t == t + 1
+    with pytest.raises(RuntimeError, match="25"):
+        env.step(act)
+    env.reset()
+    with pytest.raises(ValueError, match="shape"):
+        env.step(act[:4])
+    env.agent_pos = env.agent_pos + 1
+    assert torch.allclose(env.observe()[:, :, 2:4], env.agent_pos)
+
+
+def test_continuous_actions_outside_the_range_are_clipped():
+    act = torch.tensor([[[-3.0, 0, 7, -2, 0]]])
+    env = make("spread", 1, 1, continuous_actions=True, dtype=torch.float64)
+    theirs = make_pettingzoo("spread", 1, continuous_actions=True)
+    theirs.reset(seed=0)
+    copy_state(theirs.unwrapped.world, env)
+    env.step(act)
+    theirs.step({"agent_0": act[0, 0].numpy()})
+    assert torch.allclose(env.observe(), torch.as_tensor(true_observations(theirs, 1)), atol=1e-7)
+    assert env.agent_vel.abs().max() == pytest.approx(0.5)  # full strength to the right
+
+
+@pytest.mark.parametrize(
+    "scenario, options, message",
+    [
+        ("chess", {}, "scenario"),
+        ("spread", {"num_prey": 2}, "num_prey"),
+        ("push", {"num_obstacles": 2}, "num_obstacles"),
+        ("push", {"num_landmark_neighbors": 1}, "num_landmark_neighbors"),
+        ("spread", {"num_agent_neighbors": 0}, "num_agent_neighbors"),
+        ("tag", {"num_prey": 0}, "prey"),
+        ("tag", {"num_obstacles": -1}, "obstacles"),
+        ("tag", {"num_agents": 0}, "num_agents"),
+    ],
+)
+def test_options_that_make_no_sense(scenario, options, message):
+    for build in (lambda **kw: make(num_envs=2, **kw), make_pettingzoo):
+        with pytest.raises(ValueError, match=message):
+            build(scenario=scenario, **{"num_agents": 3} | options)
+
+
+def test_prey_flee_random_predators_but_can_be_caught():
+    """Share of episodes with a touch: predators at random, and predators that run straight at the prey."""
+    rates = {}
+    for who in ("random", "chasing"):
+        env = make("tag", 1000, 3)
+        env.reset(seed=0)
+        touched = torch.zeros(1000, dtype=torch.bool)
+        for _ in range(25):
+            offset = env.prey_pos - env.agent_pos  # (E, N, 2), one prey
+            axis = offset.abs().argmax(dim=2)
+            chase = 1 + 2 * axis + (offset.gather(2, axis.unsqueeze(2)).squeeze(2) > 0)
+            act = chase if who == "chasing" else torch.randint(5, (1000, 3), generator=env.generator)
+            touched |= env.step(act)[1] > 0
+        rates[who] = touched.float().mean().item()
+        assert env.prey_pos.abs().max() < 2  # it stays about the arena
+    assert rates["random"] < 0.15 and rates["chasing"] > 0.9
+
+
+@pytest.mark.parametrize("scenario", ["spread", "tag", "push"])
+def test_a_policy_earns_the_same_on_both(scenario):
+    """Mean returns within 3 standard errors of their difference. The policy pushes the agents to where they touch."""
+    torch.manual_seed(1)
+    env = make(scenario, 2000, 3)
+    agent = ActorCritic(env.obs_dim, 5, 3)
+    torch.nn.init.normal_(agent.actor[-1].weight, std=1.0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        obs, returns = env.reset(seed=0), 0
+        for _ in range(25):
+            obs, reward, _ = env.step(agent.act(obs, generator)[0])
+            returns = returns + reward
+        figures, _ = evaluate(make_pettingzoo(scenario, 3), lambda obs: agent.act(obs, generator)[0], 150, seed=0)
+    error = math.sqrt(figures["episodic_return_std"] ** 2 / 150 + returns.var().item() / 2000)
+    assert error > 0 and abs(figures["episodic_return"] - returns.mean().item()) < 3 * error
+    assert figures["episodic_length"] == 25
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("scenario", ["tag", "push"])
+def test_pettingzoo_api_and_seeds(scenario, continuous):
+    parallel_api_test(make_pettingzoo(scenario, 3, continuous_actions=continuous), num_cycles=60)
+    parallel_seed_test(lambda: make_pettingzoo(scenario, 3, continuous_actions=continuous), num_cycles=30)
+
+
+def test_push_renders(monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    render_test(lambda render_mode: raw_env(render_mode=render_mode))
+    env = push_parallel_env(render_mode="rgb_array")
+    env.reset(seed=0)
+    picture = env.render()
+    assert picture.shape == (700, 700, 3) and len(np.unique(picture.reshape(-1, 3), axis=0)) > 3
+
+
+def test_predators_are_the_only_agents_in_tag():
+    env = make_pettingzoo("tag", 6)
+    assert env.possible_agents == [f"adversary_{i}" for i in range(6)] and len(env.prey) == 2
+    obs, infos = env.reset(seed=0)
+    assert list(obs) == list(infos) == env.agents == env.possible_agents
+    world = env.unwrapped.world
+    for t in range(25):
+        results = env.step(dict.fromkeys(env.agents, 0))
+        assert all(list(result) == env.possible_agents for result in results)
+        assert env.agents == ([] if t == 24 else env.possible_agents)
+    assert any(np.abs(agent.state.p_vel).max() > 0 for agent in world.agents[6:])  # the prey do move
+
+
+def test_distances():
+    a, b = torch.randn(2, 3, 2), torch.randn(2, 4, 2)
+    assert torch.allclose(distances(a, b), torch.cdist(a, b), atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scenario", ["spread", "tag", "push"])
+def test_the_same_on_cuda(scenario):
+    cpu, cuda = (make(scenario, 20, 5, device, torch.float64) for device in ("cpu", "cuda"))
+    for name in STATE[scenario]:
+        setattr(cuda, name, getattr(cpu, name).cuda())
+    act = torch.randint(5, (25, 20, 5), generator=torch.Generator().manual_seed(0))
+    for t in range(25):
+        (obs, reward, _), theirs = cpu.step(act[t]), cuda.step(act[t].cuda())
+        assert torch.allclose(theirs[0].cpu(), obs, atol=1e-7) and torch.allclose(theirs[1].cpu(), reward, atol=1e-7)
+    if scenario == "spread":
+        for name in ("shapley_reward", "difference_reward"):
+            assert torch.allclose(getattr(cuda, name)().cpu(), getattr(cpu, name)(), atol=1e-7)
