@@ -45,9 +45,9 @@ class Args:
     threads: int = 1
     """CPU threads of each run"""
     flags: str = ""
-    """more flags for every run, to try the benchmark with a small budget"""
+    """more flags for every run"""
     results: Path = RESULTS
-    """folder of the results"""
+    """folder of the results; give another one along with --flags"""
     report: bool = False
     """run nothing"""
 
@@ -68,9 +68,13 @@ def append(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def flags_of(args: Args, variant: str) -> str:
+    return " ".join(f"{VARIANTS[variant][0]} {args.flags}".split())
+
+
 def run(args: Args, variant: str, seed: int) -> None:
     """One training run; its row and its curve go into the results."""
-    flags = f"{VARIANTS[variant][0]} {args.flags}".split()
+    flags = flags_of(args, variant).split()
     run_dir = args.results / "runs" / f"{variant.replace(', ', '-').replace(' ', '_')}-{seed}"
     shutil.rmtree(run_dir, ignore_errors=True)
     script = [sys.executable, str(ROOT / "stas_ippo_alicebob.py"), "--seed", str(seed), "--run-dir", str(run_dir)]
@@ -147,11 +151,12 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     args.results.mkdir(parents=True, exist_ok=True)
     rows = read(args.results / "alicebob.csv")
-    done = {(row["variant"], int(row["seed"]), int(row["threads"])) for row in rows}
+    done = {(row["variant"], int(row["seed"]), int(row["threads"]), row["flags"]) for row in rows}
     wanted = [(name, seed) for name in args.variants for seed in range(1, (args.seeds or VARIANTS[name][1]) + 1)]
+    wanted = [job for job in wanted if (*job, args.threads, flags_of(args, job[0])) not in done]
     if not args.report:
         with ThreadPoolExecutor(args.workers) as pool:
-            jobs = [pool.submit(run, args, *job) for job in wanted if (*job, args.threads) not in done]
+            jobs = [pool.submit(run, args, *job) for job in wanted]
             for job in jobs:
                 job.result()
     rows = sorted(read(args.results / "alicebob.csv"), key=lambda row: int(row["seed"]))

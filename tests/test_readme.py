@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ALICEBOB, MPE, ROOT, TINY
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -26,11 +26,12 @@ def test_the_first_two_set_up_commands_are_the_main_job_and_the_tests():
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python stas_")])
 def test_training_commands(command, run_script, no_pictures, tmp_path):
     _, script, *flags = shlex.split(command)
+    tiny = TINY[script]
     if "--resume" in flags:
-        assert run_script(f"{TINY} --run-dir RUN_DIR", script)[0] == 0
+        assert run_script(f"{tiny} --run-dir RUN_DIR", script)[0] == 0
         code, _, err = run_script(" ".join(flags), script)
     else:
-        code, _, err = run_script(f"{' '.join(flags)} {TINY} --run-dir run", script)  # the last of two flags counts
+        code, _, err = run_script(f"{' '.join(flags)} {tiny} --run-dir run", script)  # the last of two flags counts
         assert (tmp_path / "run" / "summary.json").exists()
     assert code == 0, err
 
@@ -38,8 +39,10 @@ def test_training_commands(command, run_script, no_pictures, tmp_path):
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python benchmark/")])
 def test_benchmark_commands(command, tmp_path):
     small = {
-        "benchmark/alicebob.py": ["--variants", "stas", "uniform", "--seeds", "1", f"--flags={TINY}"],
+        "benchmark/alicebob.py": ["--variants", "stas", "uniform", "--seeds", "1", f"--flags={TINY[ALICEBOB]}"],
         "benchmark/gridworld.py": ["--num-envs", "1", "8", "--turns", "1", "--min-seconds", "0.01"],
+        "benchmark/mpe.py": ["--credits", "stas", "shapley", "--seeds", "1", "2", f"--flags={TINY[MPE]}"],
+        "benchmark/simulator.py": "--num-agents 3 --num-envs 1 8 --turns 1 --min-seconds 0.01".split(),
     }
     _, program, *flags = shlex.split(command)
     full = [sys.executable, str(ROOT / program), *flags, *small[program], "--results", str(tmp_path)]
@@ -55,7 +58,7 @@ def test_no_other_commands():
 
 def test_the_snippet_that_plays_a_checkpoint(run_script, no_pictures, monkeypatch, tmp_path, capsys):
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert run_script(f"{TINY} --run-dir RUN_DIR")[0] == 0
+    assert run_script(f"{TINY[MPE]} --run-dir RUN_DIR", MPE)[0] == 0
     monkeypatch.syspath_prepend(ROOT)
     exec(compile(snippet, "README.md", "exec"), {})
     assert "tensor" in capsys.readouterr().out

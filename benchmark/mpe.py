@@ -1,0 +1,195 @@
+"""The MPE table of the README: what a team earns on mpe2 after learning from each kind of credit.
+
+    python benchmark/mpe.py                       # all runs that are still missing, then the tables and the figure
+    python benchmark/mpe.py --scenarios spread    # only these
+    python benchmark/mpe.py --report              # only the tables and the figure
+
+Each run is a call of stas_ippo_mpe.py. Its row is appended to benchmark/results/mpe.csv and its curve to mpe_curves.csv
+as soon as it ends, so the benchmark can be stopped and started at any time.
+"""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results"
+CREDITS = {  # name: flags
+    "stas": "",
+    "stas, conserve none": "--conserve none",
+    "temporal": "--credit temporal",
+    "uniform": "--credit uniform",
+    "episodic": "--credit episodic",
+    "dense": "--credit dense",
+    "shapley": "--credit shapley",
+    "difference": "--credit difference",
+}
+ONLY_IN_SPREAD = ("stas, conserve none", "shapley", "difference")
+LOCK = threading.Lock()
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, two-sided
+
+
+@dataclass
+class Args:
+    scenarios: list[str] = field(default_factory=lambda: ["spread", "tag"])
+    """scenarios to run"""
+    credits: list[str] = field(default_factory=lambda: list(CREDITS))
+    """rows of the table to run"""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """seeds to run, at most 10"""
+    workers: int = 2
+    """runs side by side, one CPU thread each"""
+    flags: str = ""
+    """more flags for every run"""
+    results: Path = RESULTS
+    """folder of the results; give another one along with --flags"""
+    report: bool = False
+    """run nothing"""
+
+
+def read(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    with LOCK, open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def flags_of(args: Args, scenario: str, credit: str) -> str:
+    return " ".join(f"--scenario {scenario} {CREDITS[credit]} {args.flags}".split())
+
+
+def run(args: Args, scenario: str, credit: str, seed: int) -> None:
+    """One training run; its row and its curve go into the results."""
+    flags = flags_of(args, scenario, credit).split()
+    run_dir = args.results / "runs" / f"{scenario}-{credit.replace(', ', '-').replace(' ', '_')}-{seed}"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    script = [sys.executable, str(ROOT / "stas_ippo_mpe.py"), "--seed", str(seed), "--run-dir", str(run_dir)]
+    subprocess.run([*script, "--num-threads", "1", *flags], check=True, stdout=subprocess.DEVNULL)
+    metrics, summary = read(run_dir / "metrics.csv"), json.loads((run_dir / "summary.json").read_text())
+
+    def late(name: str) -> float | str:
+        """Mean over the last tenth of the iterations; empty where the metric does not apply."""
+        values = [float(row[name]) for row in metrics[-max(1, len(metrics) // 10) :] if row[name]]
+        return round(float(np.mean(values)), 4) if values else ""
+
+    key = {"scenario": scenario, "credit": credit, "seed": seed}
+    result = key | {
+        "flags": " ".join(flags),
+        "return": round(summary["eval/episodic_return"], 3),
+        "random_return": round(summary["random/episodic_return"], 3),
+        "training_return": late("charts/episodic_return"),
+        "entropy": late("losses/entropy"),
+        "reward_correlation": late("decomposer/reward_correlation"),
+        "shapley_correlation": late("decomposer/shapley_correlation"),
+        "explained_variance": late("decomposer/explained_variance"),
+        "credit_std": late("decomposer/credit_std"),
+        "decomposer_share": round(float(np.mean([share(row) for row in metrics])), 3),
+        "steps": summary["global_step"],
+        "seconds": round(summary["wall_time"], 1),
+    }
+    columns = {"step": "global_step", "return": "charts/episodic_return"}
+    thin = metrics[:: max(1, len(metrics) // 40)]
+    append(args.results / "mpe_curves.csv", [key | {k: row[v] for k, v in columns.items()} for row in thin])
+    append(args.results / "mpe.csv", [result])
+    shutil.rmtree(run_dir)
+    print(result, flush=True)
+
+
+def share(row: dict) -> float:
+    """The decomposer's share of an iteration's time."""
+    parts = [float(row[f"time/{name}"]) for name in ("decomposer", "rollout", "ppo")]
+    return parts[0] / sum(parts)
+
+
+def interval(values: list[float], digits: int = 2) -> str:
+    """mean +- half the width of its 95% confidence interval (Student's t over the seeds)"""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else "-"
+    half = T_95[len(values)] * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def table(rows: list[dict]) -> str:
+    """The README's table of one scenario."""
+    head = (
+        "credit | seeds | return on mpe2 | last training return | *when* | *who* | entropy | decomposer's share of time"
+    )
+    lines = [f"| {head} |", "|---" * 8 + "|"]
+    for credit in CREDITS:
+        runs = [row for row in rows if row["credit"] == credit]
+        if runs:
+            names = ("return", "training_return", "reward_correlation", "shapley_correlation", "entropy")
+            cells = [interval([float(row[name]) for row in runs if row[name]]) for name in names]
+            part = f"{np.mean([float(row['decomposer_share']) for row in runs]):.0%}"
+            lines.append(f"| {credit} | {len(runs)} | {' | '.join(cells)} | {part} |")
+    return "\n".join(lines)
+
+
+def draw(curves: list[dict], rows: list[dict], path: Path) -> None:
+    """Team return in training against environment steps: mean over seeds, band from the lowest to the highest seed."""
+    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
+    figure = matplotlib.figure.Figure(figsize=(6.5 * len(scenarios), 4.4), layout="constrained")
+    for axis, scenario in zip(figure.subplots(1, len(scenarios), squeeze=False)[0], scenarios):
+        for i, credit in enumerate(CREDITS):
+            some = [row for row in curves if (row["scenario"], row["credit"]) == (scenario, credit)]
+            runs = [[row for row in some if row["seed"] == seed] for seed in sorted({row["seed"] for row in some})]
+            if not runs:
+                continue
+            points = [sorted({float(row["step"]): float(row["return"]) for row in run}.items()) for run in runs]
+            grid = np.linspace(max(p[0][0] for p in points), min(p[-1][0] for p in points), 100)
+            values = np.array([np.interp(grid, *zip(*p)) for p in points])
+            axis.plot(grid / 1000, values.mean(axis=0), color=f"C{i}", label=f"{credit} ({len(runs)} seeds)")
+            axis.fill_between(
+                grid / 1000, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.1, linewidth=0
+            )
+        axis.set(xlabel="environment steps (thousands)", ylabel="team return in training", title=scenario)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle("By kind of credit: mean over seeds, band = lowest to highest seed", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    args.results.mkdir(parents=True, exist_ok=True)
+    if not 1 <= len(set(args.seeds)) <= max(T_95):
+        sys.exit(f"error: --seeds: must be 1 to {max(T_95)} different seeds")
+    done = {(row["flags"], row["credit"], int(row["seed"])) for row in read(args.results / "mpe.csv")}
+    wanted = [(scenario, credit, seed) for seed in args.seeds for scenario in args.scenarios for credit in args.credits]
+    wanted = [job for job in wanted if job[0] == "spread" or job[1] not in ONLY_IN_SPREAD]
+    wanted = [job for job in wanted if (flags_of(args, *job[:2]), *job[1:]) not in done]
+    if not args.report:
+        with ThreadPoolExecutor(args.workers) as pool:
+            jobs = [pool.submit(run, args, *job) for job in wanted]
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:  # stop at the first failure, or at Ctrl-C
+                pool.shutdown(cancel_futures=True)
+                raise
+    rows = sorted(read(args.results / "mpe.csv"), key=lambda row: int(row["seed"]))
+    for scenario in dict.fromkeys(row["scenario"] for row in rows):
+        some = [row for row in rows if row["scenario"] == scenario]
+        chance = interval([float(row["random_return"]) for row in some if row["credit"] == some[0]["credit"]])
+        seconds = [float(row["seconds"]) for row in some if row["credit"] == "stas"]
+        print(f"\n{scenario}: random team {chance}; a stas run trains for {interval(seconds, 0)} s\n\n{table(some)}")
+    if rows:
+        draw(read(args.results / "mpe_curves.csv"), rows, args.results / "mpe.png")
