@@ -120,7 +120,7 @@ if __name__ == "__main__":
     draw(rows, args)
     sizes = ["mpe2", *args.num_envs]
     print(f"{torch.get_num_threads()} threads; steps per second (ratio to mpe2)\n")
-    print(f"| scenario | agents | mpe2 | {' | '.join(f'{n:,} episodes' for n in args.num_envs)} |")
+    print(f"| scenario | agents | mpe2 | {' | '.join(f'{n:,} at once' for n in args.num_envs)} |")
     print("|---" * (2 + len(sizes)) + "|")
     for scenario in args.scenarios:
         for n in args.num_agents:
