@@ -8,18 +8,18 @@ Each run is a call of stas_ippo_alicebob.py. Its row is appended to benchmark/re
 alicebob_curves.csv as soon as it ends, so the benchmark can be stopped and started at any time.
 """
 
-import csv
 import json
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
 import tyro
+from common import append, read, run_all
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
@@ -50,22 +50,6 @@ class Args:
     """folder of the results; give another one along with --flags"""
     report: bool = False
     """run nothing"""
-
-
-def read(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def flags_of(args: Args, variant: str) -> str:
@@ -155,10 +139,7 @@ if __name__ == "__main__":
     wanted = [(name, seed) for name in args.variants for seed in range(1, (args.seeds or VARIANTS[name][1]) + 1)]
     wanted = [job for job in wanted if (*job, args.threads, flags_of(args, job[0])) not in done]
     if not args.report:
-        with ThreadPoolExecutor(args.workers) as pool:
-            jobs = [pool.submit(run, args, *job) for job in wanted]
-            for job in jobs:
-                job.result()
+        run_all(partial(run, args), wanted, args.workers)
     rows = sorted(read(args.results / "alicebob.csv"), key=lambda row: int(row["seed"]))
     for threads in sorted({row["threads"] for row in rows}):
         print(f"\n{threads} CPU threads a run:\n\n{table([row for row in rows if row['threads'] == threads])}")

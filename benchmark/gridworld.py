@@ -7,13 +7,13 @@ Both are measured in turns in one run; the median of the turns goes into benchma
 
 import csv
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from common import rates_in_turns
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,15 +31,6 @@ class Args:
     """length of one measurement"""
     results: Path = ROOT / "benchmark" / "results"
     """folder of the results"""
-
-
-def rate(episode, steps: int, min_seconds: float) -> float:
-    """Environment steps per second of a function that plays whole episodes of `steps` steps together."""
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < min_seconds:
-        episode()
-        count += steps
-    return count / (time.perf_counter() - start)
 
 
 def batched(num_envs: int):
@@ -69,16 +60,11 @@ def pettingzoo():
 if __name__ == "__main__":
     args = tyro.cli(Args)
     players = {"PettingZoo loop": pettingzoo()} | {f"batch of {n:,}": batched(n) for n in args.num_envs}
-    rates: dict[str, list[float]] = {name: [] for name in players}
-    for turn in range(args.turns + 1):
-        for name, player in players.items():
-            steps_per_second = rate(*player, args.min_seconds)
-            if turn > 0:  # the first turn warms up
-                rates[name].append(steps_per_second)
-    base = np.array(rates["PettingZoo loop"])
+    rates = rates_in_turns(players, args.turns, args.min_seconds)
+    base = rates["PettingZoo loop"]
     rows = [
         {"environment": name, "steps_per_second": round(np.median(r)), "ratio": round(float(np.median(r / base)), 1)}
-        for name, r in ((name, np.array(r)) for name, r in rates.items())
+        for name, r in rates.items()
     ]
     args.results.mkdir(parents=True, exist_ok=True)
     with open(args.results / "gridworld.csv", "w", newline="") as file:

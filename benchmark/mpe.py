@@ -8,19 +8,18 @@ Each run is a call of stas_ippo_mpe.py. Its row is appended to benchmark/results
 as soon as it ends, so the benchmark can be stopped and started at any time.
 """
 
-import csv
 import json
 import shutil
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
 import tyro
+from common import append, read, run_all
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
@@ -35,7 +34,6 @@ CREDITS = {  # name: flags
     "difference": "--credit difference",
 }
 ONLY_IN_SPREAD = ("stas, conserve none", "shapley", "difference")
-LOCK = threading.Lock()
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, two-sided
 
 
@@ -55,21 +53,6 @@ class Args:
     """folder of the results; give another one along with --flags"""
     report: bool = False
     """run nothing"""
-
-
-def read(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    with LOCK, open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def flags_of(args: Args, scenario: str, credit: str) -> str:
@@ -177,14 +160,7 @@ if __name__ == "__main__":
     wanted = [job for job in wanted if job[0] == "spread" or job[1] not in ONLY_IN_SPREAD]
     wanted = [job for job in wanted if (flags_of(args, *job[:2]), *job[1:]) not in done]
     if not args.report:
-        with ThreadPoolExecutor(args.workers) as pool:
-            jobs = [pool.submit(run, args, *job) for job in wanted]
-            try:
-                for job in jobs:
-                    job.result()
-            except BaseException:  # stop at the first failure, or at Ctrl-C
-                pool.shutdown(cancel_futures=True)
-                raise
+        run_all(partial(run, args), wanted, args.workers)
     rows = sorted(read(args.results / "mpe.csv"), key=lambda row: int(row["seed"]))
     for scenario in dict.fromkeys(row["scenario"] for row in rows):
         some = [row for row in rows if row["scenario"] == scenario]

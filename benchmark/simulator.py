@@ -9,7 +9,6 @@ them. On mpe2 the prey of tag move at random, which spares it their script.
 
 import csv
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import mpe2.simple_tag_v3
 import numpy as np
 import torch
 import tyro
+from common import rates_in_turns
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,15 +39,6 @@ class Args:
     """length of one measurement"""
     results: Path = ROOT / "benchmark" / "results"
     """folder of the results"""
-
-
-def rate(episode, steps: int, min_seconds: float) -> float:
-    """Environment steps per second of a function that plays whole episodes of `steps` steps together."""
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < min_seconds:
-        episode()
-        count += steps
-    return count / (time.perf_counter() - start)
 
 
 def batched(scenario: str, num_envs: int, num_agents: int):
@@ -80,16 +71,11 @@ def one_at_a_time(scenario: str, num_agents: int):
 def measure(args: Args, scenario: str, num_agents: int) -> list[dict]:
     players = {"mpe2": one_at_a_time(scenario, num_agents)}
     players |= {n: batched(scenario, n, num_agents) for n in args.num_envs}
-    rates: dict = {name: [] for name in players}
-    for turn in range(args.turns + 1):
-        for name, player in players.items():
-            steps_per_second = rate(*player, args.min_seconds)
-            if turn > 0:  # the first turn warms up
-                rates[name].append(steps_per_second)
-    base, key = np.array(rates["mpe2"]), {"scenario": scenario, "num_agents": num_agents}
+    rates = rates_in_turns(players, args.turns, args.min_seconds)
+    base, key = rates["mpe2"], {"scenario": scenario, "num_agents": num_agents}
     return [
         key | {"num_envs": name, "steps_per_second": round(np.median(r)), "ratio": round(float(np.median(r / base)), 1)}
-        for name, r in ((name, np.array(r)) for name, r in rates.items())
+        for name, r in rates.items()
     ]
 
 
