@@ -130,6 +130,8 @@ class Args:
     """attention heads of the decomposer"""
     num_layers: int = 2
     """temporal attention layers of the decomposer"""
+    attention_window: int = 0
+    """steps that temporal attention looks back on, the present one included (0: all)"""
     decomposer_lr: float = 1e-3
     """learning rate of the decomposer (Adam)"""
     decomposer_batch_size: int = 256
@@ -209,12 +211,31 @@ def shapley_weights(num_agents: int) -> torch.Tensor:
     return torch.tensor([factorial[c] * factorial[num_agents - c - 1] / factorial[num_agents] for c in sizes])
 
 
-class TemporalLayer(nn.Module):
-    """One transformer layer along time: step t attends to steps <= t of the same agent."""
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    """Step t attends to the last `window` steps, t included, or to all steps <= t if `window` is 0.
 
-    def __init__(self, emb_dim: int, num_heads: int):
+    With a window W < T, the steps are cut into blocks of W. A block's queries meet the keys of their own block and of
+    the one before, which hold all they may see: work and memory grow with T W, so it pays where T is many times W.
+    Shapes: q, k, v and the result (B, H, T, d).
+    """
+    B, H, T, _ = q.shape
+    if window == 0 or window >= T:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    q, k, v = (F.pad(y.flatten(0, 1), (0, 0, 0, -T % window)).unflatten(1, (-1, window)) for y in (q, k, v))
+    # Now q is (B H, blocks, W, d); each block of k and v comes after the one before it: (B H, blocks, 2 W, d).
+    k, v = (torch.cat((F.pad(y, (0, 0, 0, 0, 1, 0))[:, :-1], y), dim=2) for y in (k, v))
+    ahead = torch.arange(2 * window, device=q.device) - torch.arange(window, 2 * window, device=q.device).unsqueeze(1)
+    seen = ((ahead <= 0) & (ahead > -window)).repeat(1, q.shape[1], 1, 1)  # (1, blocks, W, 2 W)
+    seen[:, 0, :, :window] = False  # there is no block before the first
+    return F.scaled_dot_product_attention(q, k, v, seen).flatten(1, 2)[:, :T].view(B, H, T, -1)
+
+
+class TemporalLayer(nn.Module):
+    """One transformer layer along time: step t attends to steps <= t of the same agent, the last `window` if not 0."""
+
+    def __init__(self, emb_dim: int, num_heads: int, window: int = 0):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.window = num_heads, window
         self.norm1, self.norm2 = nn.LayerNorm(emb_dim), nn.LayerNorm(emb_dim)
         self.qkv = nn.Linear(emb_dim, 3 * emb_dim)
         self.proj = nn.Linear(emb_dim, emb_dim)
@@ -226,7 +247,7 @@ class TemporalLayer(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D / H) each
         # Padding comes after the end of an episode, so causality alone keeps valid steps from seeing it.
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = causal_attention(q, k, v, self.window)
         x = x + self.proj(attended.transpose(1, 2).reshape(B, T, D))
         return x + self.mlp(self.norm2(x))
 
@@ -287,6 +308,7 @@ class Decomposer(nn.Module):
         coalition: str = "bernoulli",
         continuous: bool = False,
         spatial: bool = True,
+        attention_window: int = 0,
     ):
         super().__init__()
         self.mc_samples, self.coalition = mc_samples, coalition
@@ -294,7 +316,7 @@ class Decomposer(nn.Module):
         self.embed_obs = nn.Linear(obs_dim, emb_dim)
         self.embed_act = nn.Linear(num_actions, emb_dim) if continuous else nn.Embedding(num_actions, emb_dim)
         self.position = nn.Parameter(0.02 * torch.randn(horizon, 1, emb_dim))
-        self.temporal = nn.ModuleList(TemporalLayer(emb_dim, num_heads) for _ in range(num_layers))
+        self.temporal = nn.ModuleList(TemporalLayer(emb_dim, num_heads, attention_window) for _ in range(num_layers))
         self.norm = nn.LayerNorm(emb_dim)
         self.shapley = ShapleyAttention(emb_dim, num_heads, num_agents) if spatial else None
         self.register_buffer("weights", shapley_weights(num_agents) if coalition == "exact" else None, persistent=False)
@@ -349,7 +371,7 @@ def distribute_return(returns: torch.Tensor, valid: torch.Tensor, num_agents: in
 @torch.no_grad()
 def decompose(
     args,
-    decomposer: Decomposer | None,
+    decomposer: nn.Module | None,
     obs: torch.Tensor,
     act: torch.Tensor,
     team_reward: torch.Tensor,
@@ -656,7 +678,7 @@ def validate(args, num_agents: int) -> None:
     at_least_one += " decomposer_batch_size decomposer_updates buffer_size eval_episodes checkpoint_every"
     for name in at_least_one.split():
         check_flag(args, name, "at least 1", getattr(args, name) >= 1)
-    for name in ("num_threads", "learning_starts"):
+    for name in ("num_threads", "learning_starts", "attention_window"):
         check_flag(args, name, "0 or more", getattr(args, name) >= 0)
     check_flag(args, "seed", "between 0 and 2^32 - 1", 0 <= args.seed < 2**32)
     for name in ("learning_rate", "decomposer_lr", "clip_coef", "max_grad_norm", "reward_scale"):
@@ -824,6 +846,7 @@ if __name__ == "__main__":
             coalition=args.coalition,
             continuous=env.continuous,
             spatial=args.credit == "stas",
+            attention_window=args.attention_window,
         ).to(device)
         decomposer_optimizer = torch.optim.Adam(decomposer.parameters(), lr=args.decomposer_lr)
     buffer = ReplayBuffer(args.buffer_size, device)

@@ -12,6 +12,7 @@ from stas_ippo_alicebob import (
     Decomposer,
     ReplayBuffer,
     ShapleyAttention,
+    causal_attention,
     centred_correlation,
     conserve,
     decompose,
@@ -349,6 +350,49 @@ def test_the_decomposer_learns_returns_of_a_known_decomposition(coalition):
     assert loss.item() < 0.15 * true.sum(dim=(1, 2)).var().item()
     assert centred_correlation(credits.sum(2), true.sum(2), valid) > 0.9
     assert centred_correlation(credits[valid], true[valid], torch.ones(int(valid.sum()), N)) > 0.8
+
+
+@pytest.mark.parametrize("length", [1, 7, 12])
+@pytest.mark.parametrize("window", [0, 1, 2, 5, 6, 7, 11, 12, 30])
+def test_attention_window_against_a_loop(length, window):
+    q, k, v = torch.randn(3, 2, H, length, 4, dtype=torch.float64, generator=seeded(1))
+    attended = causal_attention(q, k, v, window)
+    for t in range(length):
+        seen = slice(0 if window == 0 else max(0, t - window + 1), t + 1)
+        scores = torch.einsum("bhd,bhsd->bhs", q[:, :, t], k[:, :, seen]) / math.sqrt(4)
+        expected = torch.einsum("bhs,bhsd->bhd", scores.softmax(-1), v[:, :, seen])
+        assert torch.allclose(attended[:, :, t], expected, atol=1e-12)
+
+
+def test_a_window_as_long_as_the_episode_is_full_attention():
+    episodes = make_episodes()
+    full = make_decomposer()(*episodes, seeded())
+    for window in (T, T + 1, 100):
+        assert torch.equal(make_decomposer(attention_window=window)(*episodes, seeded()), full)
+    assert not torch.allclose(make_decomposer(attention_window=T - 1)(*episodes, seeded()), full)
+
+
+def test_how_far_a_window_reaches():
+    """Each of two layers looks back on W - 1 earlier steps."""
+    decomposer, (obs, act, _) = make_decomposer(attention_window=2), make_episodes()
+    valid = torch.ones(E, T, dtype=torch.bool)
+    before = decomposer(obs, act, valid, seeded())
+    obs[:, 1] += 1
+    reached = ((decomposer(obs, act, valid, seeded()) - before).abs().amax(dim=(0, 2)) > 1e-6).tolist()
+    assert reached == [False, True, True, True, False, False, False]
+
+
+def test_memory_of_a_window_grows_with_the_length_not_its_square():
+    """What attention keeps for the backward pass, masks included: twice the length, twice the numbers."""
+
+    def kept(length: int) -> int:
+        sizes = []
+        q, k, v = torch.randn(3, 2, H, length, 4, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            causal_attention(q, k, v, 8)
+        return sum(sizes)
+
+    assert kept(512) <= 2.1 * kept(256)
 
 
 def make_args(**flags) -> SimpleNamespace:
