@@ -214,6 +214,9 @@ def sample_coalitions(
 ) -> torch.Tensor:
     """Draw coalitions afresh for every (episode, step) pair (paper, section 4.2).
 
+    Random coalitions come in antithetic pairs: one, and its complement among the others (of an order, the reverse).
+    Each is distributed as if drawn alone, and the mean of a pair varies less, for every other agent is in one of them.
+
     Args:
         kind: "bernoulli": every other agent joins with probability 1/2, which is uniform over coalitions and so
             estimates the Banzhaf weighting (the paper's choice). "permutation": the agents before i in a random order,
@@ -224,13 +227,15 @@ def sample_coalitions(
     """
     device = generator.device if generator is not None else None
     self_mask = torch.eye(num_agents, dtype=torch.bool, device=device)
+    pairs = (num_samples + 1) // 2
     if kind == "bernoulli":
-        shape = (num_samples, batch, num_agents, num_agents)
-        return (torch.rand(shape, generator=generator, device=device) < 0.5) | self_mask
+        first = torch.rand((pairs, batch, num_agents, num_agents), generator=generator, device=device) < 0.5
+        return torch.cat((first, ~first))[:num_samples] | self_mask
     if kind == "permutation":
         # Agents arrive at uniformly random times, and so in a random order: before i come those who arrive earlier.
-        arrival = torch.rand((num_samples, batch, num_agents), generator=generator, device=device)
-        return (arrival.unsqueeze(-2) < arrival.unsqueeze(-1)) | self_mask
+        arrival = torch.rand((pairs, batch, num_agents), generator=generator, device=device)
+        first = arrival.unsqueeze(-2) < arrival.unsqueeze(-1)
+        return torch.cat((first, first.transpose(-2, -1)))[:num_samples] | self_mask
     if kind == "exact":
         masks = self_mask.repeat(2 ** (num_agents - 1), 1, 1)
         members = (
@@ -310,7 +315,7 @@ class ShapleyAttention(nn.Module):
         """x (B, N, D), masks (M, B or 1, N, N) bool, weights (M,) or (M, N), 1/M if not given -> phi (B, N, D)"""
         B, N, D = x.shape
         M = len(masks)
-        weights = torch.full((M, 1), 1 / M, device=x.device) if weights is None else weights.to(x).view(M, -1)
+        weights = x.new_full((M, 1), 1 / M) if weights is None else weights.to(x).view(M, -1)
         x = x + self.identity
         query = torch.einsum("bnd,nde->bne", x, self.query)
         key, value = self.key_value(x).chunk(2, dim=-1)

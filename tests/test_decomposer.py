@@ -103,13 +103,13 @@ def test_samplers_agree_with_brute_force(num_agents):
 
 
 @pytest.mark.parametrize("kind", ["bernoulli", "permutation"])
-def test_error_falls_like_one_over_root_m(kind):
+def test_error_falls_like_one_over_root_of_the_pairs(kind):
     block = make_block(4)
     x = torch.randn(4, D, dtype=torch.float64)
     with torch.no_grad():
         limit = brute_force(block, x, "banzhaf" if kind == "bernoulli" else "shapley")
         errors = []
-        for m in (1, 4, 16, 64):
+        for m in (2, 8, 32, 128):
             masks = sample_coalitions(kind, m, 2000, 4, torch.Generator().manual_seed(m))
             errors.append((block(x.expand(2000, -1, -1), masks) - limit).square().mean().sqrt().item())
     slope = math.log(errors[-1] / errors[0]) / math.log(64)
@@ -147,6 +147,36 @@ def test_permutations_are_orders():
     assert (sizes == torch.tensor([1, 2, 3, 4])).all()  # someone comes first, someone second, ...
     pairs = masks.transpose(-2, -1) ^ masks
     assert pairs[..., ~torch.eye(4, dtype=torch.bool)].all()  # of any two, exactly one comes before the other
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "permutation"])
+def test_coalitions_come_in_complementary_pairs(kind):
+    generator = torch.Generator().manual_seed(0)
+    for m in (1, 2, 5, 8):
+        masks = sample_coalitions(kind, m, 50, 4, generator)
+        assert masks.shape == (m, 50, 4, 4)
+        pairs = (m + 1) // 2
+        first, second = masks[: m - pairs], masks[pairs:]
+        assert (first ^ second)[
+            ..., ~torch.eye(4, dtype=torch.bool)
+        ].all()  # everyone else is in exactly one of the two
+        for a, b in itertools.combinations(range(pairs), 2):
+            assert not torch.equal(masks[a], masks[b])
+
+
+@pytest.mark.parametrize("kind, limit", [("bernoulli", "banzhaf"), ("permutation", "shapley")])
+def test_pairs_err_less_than_independent_draws(kind, limit):
+    """And not by drawing something else: their mean is as right as that of single draws."""
+    block, x = make_block(4), torch.randn(4, D, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        limit, many = brute_force(block, x, limit), x.expand(20_000, -1, -1)
+        single = torch.cat([sample_coalitions(kind, 1, 20_000, 4, generator) for _ in range(2)])
+        pairs = block(many, sample_coalitions(kind, 2, 20_000, 4, generator))
+        error = (pairs.mean(0) - limit).abs() / (pairs.std(0) / math.sqrt(len(pairs)))
+        assert error.max() < 4
+        noise = [(draws - limit).square().mean().sqrt() for draws in (pairs, block(many, single))]
+        assert noise[0] < 0.8 * noise[1]
 
 
 def test_unknown_coalition():
@@ -324,7 +354,7 @@ def test_the_decomposer_uses_the_coalitions_it_is_told_to():
 def test_more_samples_less_noise():
     episodes = make_episodes()
     noise = []
-    for m in (1, 16):
+    for m in (2, 32):  # pairs, as a coalition comes with its complement
         decomposer = make_decomposer(mc_samples=m)
         draws = torch.stack([decomposer(*episodes, seeded(s)) for s in range(50)])
         noise.append(draws.std(dim=0)[episodes[2]].mean().item())
