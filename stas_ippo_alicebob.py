@@ -287,10 +287,11 @@ class ShapleyAttention(nn.Module):
         # Scores count relative to the agent's own, which is in every coalition: so no sum is below 1, and an agent
         # outside has no influence at all. The clamp prevents overflow; it binds only on differences above 40.
         own = scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        exp_scores = (scores - own).clamp(-40, 40).exp()
-        masks = masks.to(x.dtype)
-        norm = torch.einsum("bhij,mbij->mbhi", exp_scores, masks)
-        probs = exp_scores * torch.einsum("mbij,mbhi->bhij", masks, weights.view(M, 1, 1, -1) / norm)
+        exp_scores = (scores - own).clamp(-40, 40).exp().transpose(1, 2)  # (B, N, H, N)
+        masks = masks.permute(1, 2, 0, 3).to(x.dtype, memory_format=torch.contiguous_format)  # (B or 1, N, M, N)
+        norm = torch.einsum("bihj,bimj->bihm", exp_scores, masks)  # (B, N, H, M)
+        share = torch.einsum("bihm,bimj->bihj", weights.T.unsqueeze(1) / norm, masks)  # weighted mean over coalitions
+        probs = (exp_scores * share).transpose(1, 2)  # (B, H, N, N)
         return self.proj((probs @ value).transpose(1, 2).reshape(B, N, D))
 
 
