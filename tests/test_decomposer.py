@@ -21,6 +21,7 @@ from stas_ippo_alicebob import (
     sample_coalitions,
     shapley_weights,
 )
+from stas_ml_ippo_mpe import MLDecomposer
 
 D, H = 8, 2
 
@@ -240,10 +241,16 @@ def test_queries_and_identities_tell_agents_apart():
 E, T, N, OBS, A = 5, 7, 3, 6, 4
 
 
-def make_decomposer(seed: int = 0, **changes) -> Decomposer:
+@pytest.fixture(params=[Decomposer, MLDecomposer])
+def kind(request) -> type:
+    """Tests that use a kind run for each of them."""
+    return request.param
+
+
+def make_decomposer(kind: type = Decomposer, seed: int = 0, **changes) -> Decomposer | MLDecomposer:
     torch.manual_seed(seed)
     sizes = dict(obs_dim=OBS, num_actions=A, num_agents=N, horizon=T, emb_dim=D, num_heads=H, num_layers=2)
-    decomposer = Decomposer(**sizes | dict(mc_samples=3, coalition="bernoulli") | changes)
+    decomposer = kind(**sizes | dict(mc_samples=3, coalition="bernoulli") | changes)
     torch.nn.init.normal_(decomposer.head.weight)  # it starts at zero
     return decomposer
 
@@ -262,8 +269,8 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.parametrize("coalition", ["bernoulli", "permutation", "exact"])
 @pytest.mark.parametrize("spatial", [True, False])
-def test_no_credit_depends_on_later_steps(coalition, spatial):
-    decomposer, (obs, act, _) = make_decomposer(coalition=coalition, spatial=spatial), make_episodes()
+def test_no_credit_depends_on_later_steps(kind, coalition, spatial):
+    decomposer, (obs, act, _) = make_decomposer(kind, coalition=coalition, spatial=spatial), make_episodes()
     valid = torch.ones(E, T, dtype=torch.bool)
     before = decomposer(obs, act, valid, seeded())
     for t in range(T):
@@ -275,8 +282,8 @@ def test_no_credit_depends_on_later_steps(coalition, spatial):
         assert ((before - after)[:, t:].abs().amax(dim=(0, 2)) > 1e-4).all()  # and all later steps see it
 
 
-def test_what_lies_after_the_end_changes_nothing():
-    decomposer, (obs, act, valid) = make_decomposer(), make_episodes()
+def test_what_lies_after_the_end_changes_nothing(kind):
+    decomposer, (obs, act, valid) = make_decomposer(kind), make_episodes()
     before = decomposer(obs, act, valid, seeded())
     assert (before[~valid] == 0).all() and (before[valid] != 0).all()
     obs2, act2 = obs.clone(), act.clone()
@@ -285,9 +292,9 @@ def test_what_lies_after_the_end_changes_nothing():
     assert torch.allclose(before, decomposer(obs2, act2, valid, seeded()), atol=1e-6)
 
 
-def test_a_batch_equals_single_episodes_of_their_own_length():
+def test_a_batch_equals_single_episodes_of_their_own_length(kind):
     """Exact coalitions draw nothing, so each episode alone, cut to its length, must give the same credits."""
-    decomposer, (obs, act, valid) = make_decomposer(coalition="exact"), make_episodes()
+    decomposer, (obs, act, valid) = make_decomposer(kind, coalition="exact"), make_episodes()
     together = decomposer(obs, act, valid)
     for e in range(E):
         length = int(valid[e].sum())
@@ -296,29 +303,29 @@ def test_a_batch_equals_single_episodes_of_their_own_length():
         assert torch.allclose(together[e, :length], alone[0], atol=1e-6)
 
 
-def test_temporal_shares_equally_and_the_agents_are_alike():
-    decomposer, (obs, act, valid) = make_decomposer(spatial=False), make_episodes()
+def test_temporal_shares_equally_and_the_agents_are_alike(kind):
+    decomposer, (obs, act, valid) = make_decomposer(kind, spatial=False), make_episodes()
     credits = decomposer(obs, act, valid)
     assert torch.equal(credits, credits[:, :, :1].expand(-1, -1, N)) and credits[valid].abs().min() > 0
     swapped = decomposer(obs[:, :, [1, 0, 2]], act[:, :, [1, 0, 2]], valid)
     assert torch.allclose(credits, swapped, atol=1e-6)
 
 
-def test_continuous_actions_are_embedded_linearly():
-    decomposer, (obs, _, valid) = make_decomposer(continuous=True), make_episodes()
+def test_continuous_actions_are_embedded_linearly(kind):
+    decomposer, (obs, _, valid) = make_decomposer(kind, continuous=True), make_episodes()
     act = torch.rand(E, T, N, A)
     assert isinstance(decomposer.embed_act, torch.nn.Linear)
     changed = decomposer(obs, 1 - act, valid, seeded())
     assert not torch.allclose(decomposer(obs, act, valid, seeded()), changed)
 
 
-def test_a_new_decomposer_gives_no_credit():
-    fresh = Decomposer(OBS, A, N, T, D, H, 2, 3, "bernoulli")
+def test_a_new_decomposer_gives_no_credit(kind):
+    fresh = kind(OBS, A, N, T, D, H, 2, 3, "bernoulli")
     assert (fresh(*make_episodes()) == 0).all()
 
 
-def test_coalitions_come_from_the_generator_and_from_every_step():
-    decomposer, episodes = make_decomposer(mc_samples=1), make_episodes()
+def test_coalitions_come_from_the_generator_and_from_every_step(kind):
+    decomposer, episodes = make_decomposer(kind, mc_samples=1), make_episodes()
     assert torch.equal(decomposer(*episodes, seeded(1)), decomposer(*episodes, seeded(1)))
     assert not torch.equal(decomposer(*episodes, seeded(1)), decomposer(*episodes, seeded(2)))
     # Two identical episodes in one batch get different draws.
@@ -351,20 +358,23 @@ def test_the_decomposer_uses_the_coalitions_it_is_told_to():
         assert ((credits.mean(dim=0) - other).abs() / (credits.std(dim=0) / math.sqrt(len(credits)))).max() > 6
 
 
-def test_more_samples_less_noise():
+def test_more_samples_less_noise(kind):
     episodes = make_episodes()
     noise = []
     for m in (2, 32):  # pairs, as a coalition comes with its complement
-        decomposer = make_decomposer(mc_samples=m)
+        decomposer = make_decomposer(kind, mc_samples=m)
         draws = torch.stack([decomposer(*episodes, seeded(s)) for s in range(50)])
         noise.append(draws.std(dim=0)[episodes[2]].mean().item())
     assert noise[0] / noise[1] == pytest.approx(4, rel=0.2)
 
 
-@pytest.mark.parametrize("coalition", ["bernoulli", "permutation", "exact"])
-def test_the_decomposer_learns_returns_of_a_known_decomposition(coalition):
+@pytest.mark.parametrize(
+    "kind, coalition",
+    [(Decomposer, "bernoulli"), (Decomposer, "permutation"), (Decomposer, "exact"), (MLDecomposer, "bernoulli")],
+)
+def test_the_decomposer_learns_returns_of_a_known_decomposition(kind, coalition):
     """True reward of agent i at step t: its first feature. The fit must find the sum, and mostly who and when."""
-    decomposer = make_decomposer(coalition=coalition, emb_dim=32)
+    decomposer = make_decomposer(kind, coalition=coalition, emb_dim=32)
     optimizer = torch.optim.Adam(decomposer.parameters(), lr=3e-3)
     generator = seeded(1)
     for _ in range(400):
@@ -382,6 +392,41 @@ def test_the_decomposer_learns_returns_of_a_known_decomposition(coalition):
     assert centred_correlation(credits[valid], true[valid], torch.ones(int(valid.sum()), N)) > 0.8
 
 
+@pytest.mark.parametrize("spatial", [True, False])
+def test_stas_ml_with_one_block_is_stas(spatial):
+    flags = dict(num_layers=1, spatial=spatial, seed=3)
+    ours, theirs = (make_decomposer(kind, **flags)(*make_episodes(), seeded()) for kind in (MLDecomposer, Decomposer))
+    assert torch.equal(ours, theirs) and ours.abs().max() > 0
+
+
+def test_stas_ml_by_definition():
+    """Three blocks, one episode and one step of one agent at a time; the head reads every block's output."""
+    decomposer = make_decomposer(MLDecomposer, num_layers=3, coalition="exact").double()
+    for parameter in decomposer.parameters():  # norms of a new network are all alike
+        torch.nn.init.normal_(parameter, std=0.5)
+    obs, act, valid = (x.double() if x.is_floating_point() else x for x in make_episodes())
+    for e in range(E):
+        length = int(valid[e].sum())
+        tokens = [
+            [
+                decomposer.embed_obs(obs[e, t, i]) + decomposer.embed_act(act[e, t, i]) + decomposer.position[t, 0]
+                for t in range(length)
+            ]
+            for i in range(N)
+        ]
+        outputs = []
+        for k in range(3):
+            tokens = [list(decomposer.temporal[k](torch.stack(row).unsqueeze(0))[0]) for row in tokens]
+            phi = []
+            for t in range(length):
+                x = torch.stack([decomposer.norm[k](tokens[i][t]) for i in range(N)])
+                phi.append(brute_force(decomposer.shapley[k], x, "shapley"))
+            tokens = [[tokens[i][t] + phi[t][i] for t in range(length)] for i in range(N)]
+            outputs.append(torch.stack(phi))  # (length, N, D)
+        expected = decomposer.head(torch.cat(outputs, dim=-1)).squeeze(-1) / math.sqrt(T * N)
+        assert torch.allclose(decomposer(obs, act, valid)[e, :length], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("length", [1, 7, 12])
 @pytest.mark.parametrize("window", [0, 1, 2, 5, 6, 7, 11, 12, 30])
 def test_attention_window_against_a_loop(length, window):
@@ -394,17 +439,17 @@ def test_attention_window_against_a_loop(length, window):
         assert torch.allclose(attended[:, :, t], expected, atol=1e-12)
 
 
-def test_a_window_as_long_as_the_episode_is_full_attention():
+def test_a_window_as_long_as_the_episode_is_full_attention(kind):
     episodes = make_episodes()
-    full = make_decomposer()(*episodes, seeded())
+    full = make_decomposer(kind)(*episodes, seeded())
     for window in (T, T + 1, 100):
-        assert torch.equal(make_decomposer(attention_window=window)(*episodes, seeded()), full)
-    assert not torch.allclose(make_decomposer(attention_window=T - 1)(*episodes, seeded()), full)
+        assert torch.equal(make_decomposer(kind, attention_window=window)(*episodes, seeded()), full)
+    assert not torch.allclose(make_decomposer(kind, attention_window=T - 1)(*episodes, seeded()), full)
 
 
-def test_how_far_a_window_reaches():
+def test_how_far_a_window_reaches(kind):
     """Each of two layers looks back on W - 1 earlier steps."""
-    decomposer, (obs, act, _) = make_decomposer(attention_window=2), make_episodes()
+    decomposer, (obs, act, _) = make_decomposer(kind, attention_window=2), make_episodes()
     valid = torch.ones(E, T, dtype=torch.bool)
     before = decomposer(obs, act, valid, seeded())
     obs[:, 1] += 1

@@ -13,18 +13,19 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from conftest import ALICEBOB, MPE, ROOT, SCRIPTS, TINY
+from conftest import ALICEBOB, ML, MPE, ROOT, SCRIPTS, TINY
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import stas_ippo_alicebob
 import stas_ippo_mpe
+import stas_ml_ippo_mpe
 from envs.alice_bob import AliceBob, parallel_env
 from envs.mpe import make, make_pettingzoo
 from stas_ippo_alicebob import ActorCritic, Decomposer, encode_obs, play_episode
 
 TIMES = ("wall_time", "time/", "charts/SPS")
-MODULES = {ALICEBOB: stas_ippo_alicebob, MPE: stas_ippo_mpe}
+MODULES = {ALICEBOB: stas_ippo_alicebob, MPE: stas_ippo_mpe, ML: stas_ml_ippo_mpe}
 
 
 def read_metrics(run_dir) -> list[dict]:
@@ -55,7 +56,7 @@ def test_a_run_leaves_a_complete_folder(script, run_script, tiny, tmp_path):
     last, agents = rows[-1], 2 if script == ALICEBOB else 3
     total = agents * float(last["charts/episodic_return"])
     assert float(last["charts/agent_return_sum"]) == pytest.approx(total, rel=1e-6)
-    everywhere = [name for name in last if script == MPE or not name.startswith("decomposer/reward_correlation")]
+    everywhere = [name for name in last if script != ALICEBOB or not name.startswith("decomposer/reward_correlation")]
     assert all(last[name] for name in everywhere)
 
     events = EventAccumulator(str(run)).Reload()
@@ -84,9 +85,10 @@ def test_checkpoint_loads_safely_and_plays(script, run_script, tiny, no_pictures
     documented = re.search(r"checkpoint.pt holds: (.*?) \(", MODULES[script].__doc__, re.DOTALL).group(1)
     assert set(re.findall(r"\w+", documented)) == set(checkpoint)
     obs_dim, num_actions, num_agents, horizon = (82, 4, 2, 40) if script == ALICEBOB else (18, 5, 3, 25)
-    agent = ActorCritic(obs_dim, num_actions, num_agents, timed=script == MPE)
+    agent = ActorCritic(obs_dim, num_actions, num_agents, timed=script != ALICEBOB)
     agent.load_state_dict(checkpoint["agent"])
-    decomposer = Decomposer(obs_dim, num_actions, num_agents, horizon, emb_dim=8, num_heads=2, num_layers=1)
+    kind, num_layers = (stas_ml_ippo_mpe.MLDecomposer, 2) if script == ML else (Decomposer, 1)
+    decomposer = kind(obs_dim, num_actions, num_agents, horizon, emb_dim=8, num_heads=2, num_layers=num_layers)
     decomposer.load_state_dict(checkpoint["decomposer"])
     env, encode = (
         (parallel_env(), encode_obs) if script == ALICEBOB else (make_pettingzoo("spread", 3), lambda obs: obs)
@@ -122,7 +124,7 @@ def wait_for_rows(path, rows: int) -> None:
     raise AssertionError(f"{path} did not reach {rows} rows")
 
 
-@pytest.mark.parametrize("script, more", [(ALICEBOB, ""), (MPE, ""), (MPE, "--scenario tag --continuous-actions")])
+@pytest.mark.parametrize("script, more", [(ALICEBOB, ""), (MPE, ""), (ML, "--scenario tag --continuous-actions")])
 def test_interrupted_runs_continue_as_if_nothing_had_happened(script, more, run_script, tiny, no_pictures, tmp_path):
     long = tiny.replace("--total-timesteps 600", f"--total-timesteps 7600 --checkpoint-every 4 {more}")
     assert run_script(f"{long} --run-dir whole")[0] == 0
@@ -205,7 +207,7 @@ ALIVE = {
     "mc_samples": "2",
     "emb_dim": "12",
     "num_heads": "4",
-    "num_layers": "2",
+    "num_layers": "3",
     "attention_window": "3",
     "decomposer_lr": "1e-2",
     "decomposer_batch_size": "9",
@@ -235,7 +237,7 @@ def test_every_flag_that_shapes_learning_changes_what_is_learned(script, run_scr
     changes += [("credit", kind) for kind in ("temporal", "uniform", "episodic", "dense")]
     changes += [("coalition", kind) for kind in ("permutation", "exact")]
     changes += [("conserve", kind) for kind in ("none", "terminal", "uniform") if kind != MODULES[script].Args.conserve]
-    if script == MPE:
+    if script != ALICEBOB:
         changes += [("credit", "shapley"), ("credit", "difference"), *OPTIONS_OF_MPE.items()]
         changes += [("scenario", "tag"), *OPTIONS_OF_TAG.items()]
     seen = {}
@@ -254,7 +256,7 @@ def test_every_other_flag_does_what_it_says(script, run_script, tiny, no_picture
     """The flags that do not shape learning; with those above, these are all."""
     others = "exp_name torch_deterministic cuda track wandb_project_name wandb_entity num_threads run_dir resume"
     others += " checkpoint_every eval_episodes credit coalition conserve"
-    options = {*OPTIONS_OF_MPE, *OPTIONS_OF_TAG} if script == MPE else set()
+    options = {*OPTIONS_OF_MPE, *OPTIONS_OF_TAG} if script != ALICEBOB else set()
     assert {*ALIVE, *options, *others.split()} == {field.name for field in fields(MODULES[script].Args)}
 
     seen = []
@@ -313,7 +315,7 @@ BAD_MPE = [
 ]
 
 
-@pytest.mark.parametrize("script, flags", [(s, f) for s in SCRIPTS for f in BAD + (BAD_MPE if s == MPE else [])])
+@pytest.mark.parametrize("script, flags", [(s, f) for s in SCRIPTS for f in BAD + (BAD_MPE if s != ALICEBOB else [])])
 def test_bad_values_end_with_one_line_and_leave_nothing(script, flags, run_script, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
@@ -422,6 +424,7 @@ def test_a_run_may_move_to_another_kind_of_device(run_script, tiny, no_pictures,
         (MPE, "--scenario tag"),
         (MPE, "--scenario push --continuous-actions"),
         (MPE, "--credit difference --critic centralized"),
+        (ML, "--attention-window 5"),
     ],
 )
 def test_a_run_on_cuda_resumes_there_and_on_the_cpu(script, more, run_script, tiny, no_pictures, tmp_path):
