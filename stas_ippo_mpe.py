@@ -148,7 +148,7 @@ class Args:
     num_layers: int = 1
     """temporal attention layers of the decomposer"""
     attention_window: int = 0
-    """steps that temporal attention looks back on, the present one included (0: all)"""
+    """steps each layer of temporal attention looks back on, the present one included (0: all)"""
     decomposer_lr: float = 3e-3
     """learning rate of the decomposer (Adam)"""
     decomposer_batch_size: int = 128
@@ -214,16 +214,19 @@ def sample_coalitions(
 ) -> torch.Tensor:
     """Draw coalitions afresh for every (episode, step) pair (paper, section 4.2).
 
-    Random coalitions come in antithetic pairs: one, and its complement among the others (of an order, the reverse).
-    Each is distributed as if drawn alone, and the mean of a pair varies less, for every other agent is in one of them.
+    Random coalitions come in antithetic pairs, m and m + ceil(M / 2): one, and its complement among the others (of an
+    order, the reverse); if M is odd, one has no partner. Each is distributed as if drawn alone. Their mean varies less
+    as far as an agent's output depends on how many and which others it sees, for each other is in one of the two.
 
     Args:
         kind: "bernoulli": every other agent joins with probability 1/2, which is uniform over coalitions and so
             estimates the Banzhaf weighting (the paper's choice). "permutation": the agents before i in a random order,
             which has Shapley's weights. "exact": no draw, all 2^(N-1) coalitions, to be weighted by `shapley_weights`.
         num_samples: M; not used by "exact".
+        batch: number of (episode, step) pairs, B.
+        generator: torch's global one if None.
     Returns:
-        (M, batch, N, N) bool, [m, b, i, j]: agent j is in C_m + {i}. The diagonal is always True.
+        (M, or 2^(N-1) if "exact", B, N, N) bool, [m, b, i, j]: agent j is in C_m + {i}. The diagonal is always True.
     """
     device = generator.device if generator is not None else None
     self_mask = torch.eye(num_agents, dtype=torch.bool, device=device)
@@ -256,19 +259,20 @@ def shapley_weights(num_agents: int) -> torch.Tensor:
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """Step t attends to the last `window` steps, t included, or to all steps <= t if `window` is 0.
 
-    With a window W < T, the steps are cut into blocks of W. A block's queries meet the keys of their own block and of
+    With a window W < T, the steps are cut into chunks of W. A chunk's queries meet the keys of their own chunk and of
     the one before, which hold all they may see: work and memory grow with T W, so it pays where T is many times W.
-    Shapes: q, k, v and the result (B, H, T, d).
+    Shapes: q, k, v and the result (B, H, T, d), where d = D / H.
     """
     B, H, T, _ = q.shape
     if window == 0 or window >= T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     q, k, v = (F.pad(y.flatten(0, 1), (0, 0, 0, -T % window)).unflatten(1, (-1, window)) for y in (q, k, v))
-    # Now q is (B H, blocks, W, d); each block of k and v comes after the one before it: (B H, blocks, 2 W, d).
+    # Now q is (B H, chunks, W, d); each chunk of k and v gets the one before it in front: (B H, chunks, 2 W, d).
     k, v = (torch.cat((F.pad(y, (0, 0, 0, 0, 1, 0))[:, :-1], y), dim=2) for y in (k, v))
-    ahead = torch.arange(2 * window, device=q.device) - torch.arange(window, 2 * window, device=q.device).unsqueeze(1)
-    seen = ((ahead <= 0) & (ahead > -window)).repeat(1, q.shape[1], 1, 1)  # (1, blocks, W, 2 W)
-    seen[:, 0, :, :window] = False  # there is no block before the first
+    steps = torch.arange(2 * window, device=q.device)
+    ahead = steps - steps[window:].unsqueeze(1)  # of each query, where the keys are
+    seen = ((ahead <= 0) & (ahead > -window)).repeat(1, q.shape[1], 1, 1)  # (1, chunks, W, 2 W)
+    seen[:, 0, :, :window] = False  # there is no chunk before the first
     return F.scaled_dot_product_attention(q, k, v, seen).flatten(1, 2)[:, :T].view(B, H, T, -1)
 
 
@@ -298,9 +302,10 @@ class ShapleyAttention(nn.Module):
     """Attention over agents, averaged over coalitions: the paper's stand-in for a Shapley value (section 4.2).
 
     phi_i = sum_m w_m Attn_i(x restricted to C_m + {i}). Queries are agent-specific; keys, values and output are shared.
-    Scores and values do not depend on the coalition, and all that follows the softmax is linear, so the probabilities
-    are averaged over the coalitions and multiplied with the values once. In each softmax, exp(score) / sum over the
-    coalition of exp(score), only that sum depends on the coalition, so the exponentials are computed once too.
+    Scores and values do not depend on the coalition, and all that follows the softmax is linear (but for a bias, which
+    weights that sum to 1 keep), so the probabilities are averaged over the coalitions and multiplied with the values
+    once. In each softmax, exp(score) / sum over the coalition of exp(score), only that sum depends on the coalition, so
+    the exponentials are computed once too.
     """
 
     def __init__(self, emb_dim: int, num_heads: int, num_agents: int):

@@ -7,8 +7,8 @@ when an episode ends. One iteration:
   3. fit the decomposer: causal attention over time for each agent, then attention over agents, in which agent i sees
      itself and a random coalition of the others. The mean over `mc_samples` coalitions is the network's direct guess
      at what i contributes to the step, where a Shapley value would average differences of a team value. STAS-ML, the
-     multi-layer form, stacks `num_layers` such pairs of layers. A linear head turns the outputs of all pairs into a
-     credit, and the credits of all agents and steps are trained to add up to R (mean squared error);
+     multi-layer form, stacks `num_layers` blocks of the two. A linear head turns the joined outputs of all blocks into
+     a credit, and the credits of all agents and steps are trained to add up to R (mean squared error);
   4. decompose: the fresh episodes get their credits, a dense reward for every agent at every step;
   5. PPO, independent but for shared weights: one actor and one critic serve all agents, told by a one-hot whom they
      serve, and each agent's advantages come from its own observations and credits.
@@ -137,7 +137,7 @@ class Args:
     critic: Literal["independent", "centralized"] = "independent"
     """what the critic sees. independent: the agent's own observation; centralized: those of all agents (MAPPO)"""
     mc_samples: int = 5
-    """coalitions drawn per agent and step, M"""
+    """coalitions drawn per agent, step and block, M"""
     coalition: Literal["bernoulli", "permutation", "exact"] = "bernoulli"
     """who joins an agent's coalitions. bernoulli: each other agent with probability 1/2 (the paper); permutation: those
     before it in a random order, which gives Shapley's weights; exact: all coalitions, with Shapley's weights (up to 8
@@ -147,9 +147,9 @@ class Args:
     num_heads: int = 4
     """attention heads of the decomposer"""
     num_layers: int = 2
-    """blocks of the decomposer, each a temporal layer and a Shapley block; with 1 this is STAS"""
+    """blocks of the decomposer, each a temporal layer and Shapley attention (1: as STAS with one temporal layer)"""
     attention_window: int = 0
-    """steps that temporal attention looks back on, the present one included (0: all)"""
+    """steps each layer of temporal attention looks back on, the present one included (0: all)"""
     decomposer_lr: float = 3e-3
     """learning rate of the decomposer (Adam)"""
     decomposer_batch_size: int = 128
@@ -215,16 +215,19 @@ def sample_coalitions(
 ) -> torch.Tensor:
     """Draw coalitions afresh for every (episode, step) pair (paper, section 4.2).
 
-    Random coalitions come in antithetic pairs: one, and its complement among the others (of an order, the reverse).
-    Each is distributed as if drawn alone, and the mean of a pair varies less, for every other agent is in one of them.
+    Random coalitions come in antithetic pairs, m and m + ceil(M / 2): one, and its complement among the others (of an
+    order, the reverse); if M is odd, one has no partner. Each is distributed as if drawn alone. Their mean varies less
+    as far as an agent's output depends on how many and which others it sees, for each other is in one of the two.
 
     Args:
         kind: "bernoulli": every other agent joins with probability 1/2, which is uniform over coalitions and so
             estimates the Banzhaf weighting (the paper's choice). "permutation": the agents before i in a random order,
             which has Shapley's weights. "exact": no draw, all 2^(N-1) coalitions, to be weighted by `shapley_weights`.
         num_samples: M; not used by "exact".
+        batch: number of (episode, step) pairs, B.
+        generator: torch's global one if None.
     Returns:
-        (M, batch, N, N) bool, [m, b, i, j]: agent j is in C_m + {i}. The diagonal is always True.
+        (M, or 2^(N-1) if "exact", B, N, N) bool, [m, b, i, j]: agent j is in C_m + {i}. The diagonal is always True.
     """
     device = generator.device if generator is not None else None
     self_mask = torch.eye(num_agents, dtype=torch.bool, device=device)
@@ -257,19 +260,20 @@ def shapley_weights(num_agents: int) -> torch.Tensor:
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """Step t attends to the last `window` steps, t included, or to all steps <= t if `window` is 0.
 
-    With a window W < T, the steps are cut into blocks of W. A block's queries meet the keys of their own block and of
+    With a window W < T, the steps are cut into chunks of W. A chunk's queries meet the keys of their own chunk and of
     the one before, which hold all they may see: work and memory grow with T W, so it pays where T is many times W.
-    Shapes: q, k, v and the result (B, H, T, d).
+    Shapes: q, k, v and the result (B, H, T, d), where d = D / H.
     """
     B, H, T, _ = q.shape
     if window == 0 or window >= T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     q, k, v = (F.pad(y.flatten(0, 1), (0, 0, 0, -T % window)).unflatten(1, (-1, window)) for y in (q, k, v))
-    # Now q is (B H, blocks, W, d); each block of k and v comes after the one before it: (B H, blocks, 2 W, d).
+    # Now q is (B H, chunks, W, d); each chunk of k and v gets the one before it in front: (B H, chunks, 2 W, d).
     k, v = (torch.cat((F.pad(y, (0, 0, 0, 0, 1, 0))[:, :-1], y), dim=2) for y in (k, v))
-    ahead = torch.arange(2 * window, device=q.device) - torch.arange(window, 2 * window, device=q.device).unsqueeze(1)
-    seen = ((ahead <= 0) & (ahead > -window)).repeat(1, q.shape[1], 1, 1)  # (1, blocks, W, 2 W)
-    seen[:, 0, :, :window] = False  # there is no block before the first
+    steps = torch.arange(2 * window, device=q.device)
+    ahead = steps - steps[window:].unsqueeze(1)  # of each query, where the keys are
+    seen = ((ahead <= 0) & (ahead > -window)).repeat(1, q.shape[1], 1, 1)  # (1, chunks, W, 2 W)
+    seen[:, 0, :, :window] = False  # there is no chunk before the first
     return F.scaled_dot_product_attention(q, k, v, seen).flatten(1, 2)[:, :T].view(B, H, T, -1)
 
 
@@ -299,9 +303,10 @@ class ShapleyAttention(nn.Module):
     """Attention over agents, averaged over coalitions: the paper's stand-in for a Shapley value (section 4.2).
 
     phi_i = sum_m w_m Attn_i(x restricted to C_m + {i}). Queries are agent-specific; keys, values and output are shared.
-    Scores and values do not depend on the coalition, and all that follows the softmax is linear, so the probabilities
-    are averaged over the coalitions and multiplied with the values once. In each softmax, exp(score) / sum over the
-    coalition of exp(score), only that sum depends on the coalition, so the exponentials are computed once too.
+    Scores and values do not depend on the coalition, and all that follows the softmax is linear (but for a bias, which
+    weights that sum to 1 keep), so the probabilities are averaged over the coalitions and multiplied with the values
+    once. In each softmax, exp(score) / sum over the coalition of exp(score), only that sum depends on the coalition, so
+    the exponentials are computed once too.
     """
 
     def __init__(self, emb_dim: int, num_heads: int, num_agents: int):
@@ -334,11 +339,12 @@ class ShapleyAttention(nn.Module):
 
 
 class MLDecomposer(nn.Module):
-    """Splits the team return into credits: blocks of a temporal layer and a Shapley block, a linear head on the outputs
-    of all blocks (paper, STAS-ML). With one block it is STAS.
+    """Splits the team return into credits: blocks of a temporal layer and Shapley attention, each feeding the next, and
+    a linear head on the joined outputs of all blocks (STAS-ML, section 4). With one block it is STAS.
 
-    From the second block on, the tokens that a coalition leaves out have already been seen by the others in the block
-    before. With spatial=False the Shapley blocks are left out and the agents share each step's credit equally.
+    Each block draws its own coalitions. From the second on, members of a coalition have already seen everyone through
+    the block before, and a credit is no longer a plain mean over coalitions. With spatial=False Shapley attention is
+    left out, the temporal layers feed each other, and the agents share each step's credit equally.
     """
 
     def __init__(
@@ -362,10 +368,10 @@ class MLDecomposer(nn.Module):
         self.embed_obs = nn.Linear(obs_dim, emb_dim)
         self.embed_act = nn.Linear(num_actions, emb_dim) if continuous else nn.Embedding(num_actions, emb_dim)
         self.position = nn.Parameter(0.02 * torch.randn(horizon, 1, emb_dim))
-        blocks = range(num_layers)
-        self.temporal = nn.ModuleList(TemporalLayer(emb_dim, num_heads, attention_window) for _ in blocks)
-        self.norm = nn.ModuleList(nn.LayerNorm(emb_dim) for _ in blocks)
-        self.shapley = nn.ModuleList(ShapleyAttention(emb_dim, num_heads, num_agents) for _ in blocks if spatial)
+        self.temporal = nn.ModuleList(TemporalLayer(emb_dim, num_heads, attention_window) for _ in range(num_layers))
+        self.norm = nn.ModuleList(nn.LayerNorm(emb_dim) for _ in range(num_layers))
+        shapley = (ShapleyAttention(emb_dim, num_heads, num_agents) for _ in range(num_layers))
+        self.shapley = nn.ModuleList(shapley) if spatial else None
         self.register_buffer("weights", shapley_weights(num_agents) if coalition == "exact" else None, persistent=False)
         self.head = nn.Linear(num_layers * emb_dim, 1)
         nn.init.zeros_(self.head.weight)  # credits start at zero
@@ -386,14 +392,14 @@ class MLDecomposer(nn.Module):
             x = x.transpose(1, 2).reshape(E * N, L, -1)  # one sequence per agent
             x = layer(x).view(E, N, L, -1).transpose(1, 2)  # (E, L, N, D)
             phi = self.norm[k](x)
-            if self.shapley:
+            if self.shapley is not None:
                 batch = 1 if self.coalition == "exact" else E * L
                 masks = sample_coalitions(self.coalition, self.mc_samples, batch, N, generator).to(x.device)
                 phi = self.shapley[k](phi.reshape(E * L, N, -1), masks, self.weights).view(E, L, N, -1)
-                x = x + phi  # what the next block begins with
+                x = x + phi  # added, so that the next block still knows whose tokens these are
             outputs.append(phi)
         credits = self.head(torch.cat(outputs, dim=-1)).squeeze(-1)  # (E, L, N)
-        if not self.shapley:
+        if self.shapley is None:
             credits = credits.mean(dim=2, keepdim=True).expand(E, L, N)
         credits = F.pad(credits, (0, 0, 0, T - L))  # (E, T, N)
         return self.scale * credits * valid.unsqueeze(-1)
