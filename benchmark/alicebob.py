@@ -8,10 +8,7 @@ Each run is a call of stas_ippo_alicebob.py. Its row is appended to benchmark/re
 alicebob_curves.csv as soon as it ends, so the benchmark can be stopped and started at any time.
 """
 
-import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,10 +16,8 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 import tyro
-from common import append, read, run_all
+from common import RESULTS, append, read, run_all, train
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmark" / "results"
 VARIANTS = {  # name: flags, seeds
     "stas": ("", 10),
     "stas, conserve none": ("--conserve none", 5),
@@ -60,10 +55,7 @@ def run(args: Args, variant: str, seed: int) -> None:
     """One training run; its row and its curve go into the results."""
     flags = flags_of(args, variant).split()
     run_dir = args.results / "runs" / f"{variant.replace(', ', '-').replace(' ', '_')}-{seed}"
-    shutil.rmtree(run_dir, ignore_errors=True)
-    script = [sys.executable, str(ROOT / "stas_ippo_alicebob.py"), "--seed", str(seed), "--run-dir", str(run_dir)]
-    subprocess.run([*script, "--num-threads", str(args.threads), *flags], check=True, stdout=subprocess.DEVNULL)
-    metrics, summary = read(run_dir / "metrics.csv"), json.loads((run_dir / "summary.json").read_text())
+    metrics, summary = train("stas_ippo_alicebob.py", ["--seed", str(seed), *flags], run_dir, args.threads)
     passed = next((row for row in metrics if float(row["charts/treasure_rate"]) >= PASSED), None)
     result = {
         "variant": variant,

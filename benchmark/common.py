@@ -1,6 +1,10 @@
 """What the benchmarks share: results that survive being stopped, runs side by side, and timing in turns."""
 
 import csv
+import json
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results"
 LOCK = threading.Lock()
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, two-sided
 
 
 def read(path: Path) -> list[dict]:
@@ -20,10 +27,14 @@ def read(path: Path) -> list[dict]:
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    """Add rows to a CSV file, with a header if it is new."""
-    with LOCK, open(path, "a", newline="") as file:
+    """Add rows to a CSV file, with a header if it is new; ValueError if it has other columns."""
+    with LOCK, open(path, "a+", newline="") as file:
+        file.seek(0)
+        columns = next(csv.reader(file), None)
+        if columns not in (None, list(rows[0])):
+            raise ValueError(f"{path} has the columns {columns}, not {list(rows[0])}")
         writer = csv.DictWriter(file, list(rows[0]))
-        if file.tell() == 0:
+        if columns is None:
             writer.writeheader()
         writer.writerows(rows)
 
@@ -38,6 +49,28 @@ def run_all(run, jobs: list[tuple], workers: int) -> None:
         except BaseException:  # stop at the first failure, or at Ctrl-C
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def train(script: str, flags: list[str], run_dir: Path, threads: int = 1) -> tuple[list[dict], dict]:
+    """One training run in a new `run_dir`: the rows of its metrics.csv, and its summary.json."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    command = [sys.executable, str(ROOT / script), "--run-dir", str(run_dir), "--num-threads", str(threads), *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return read(run_dir / "metrics.csv"), json.loads((run_dir / "summary.json").read_text())
+
+
+def late(metrics: list[dict], name: str) -> float | str:
+    """Mean of a metric over the last tenth of the iterations; empty where it does not apply."""
+    values = [float(row[name]) for row in metrics[-max(1, len(metrics) // 10) :] if row[name]]
+    return round(float(np.mean(values)), 4) if values else ""
+
+
+def interval(values: list[float], digits: int = 2) -> str:
+    """mean +- half the width of its 95% confidence interval (Student's t over the seeds)"""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else "-"
+    half = T_95[len(values)] * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def rate(episode, steps: int, min_seconds: float) -> float:

@@ -8,9 +8,7 @@ Each run is a call of stas_ippo_mpe.py. Its row is appended to benchmark/results
 as soon as it ends, so the benchmark can be stopped and started at any time.
 """
 
-import json
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,10 +17,8 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 import tyro
-from common import append, read, run_all
+from common import RESULTS, T_95, append, interval, late, read, run_all, train
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmark" / "results"
 CREDITS = {  # name: flags
     "stas": "",
     "stas, conserve none": "--conserve none",
@@ -34,7 +30,6 @@ CREDITS = {  # name: flags
     "difference": "--credit difference",
 }
 ONLY_IN_SPREAD = ("stas, conserve none", "shapley", "difference")
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, two-sided
 
 
 @dataclass
@@ -63,27 +58,18 @@ def run(args: Args, scenario: str, credit: str, seed: int) -> None:
     """One training run; its row and its curve go into the results."""
     flags = flags_of(args, scenario, credit).split()
     run_dir = args.results / "runs" / f"{scenario}-{credit.replace(', ', '-').replace(' ', '_')}-{seed}"
-    shutil.rmtree(run_dir, ignore_errors=True)
-    script = [sys.executable, str(ROOT / "stas_ippo_mpe.py"), "--seed", str(seed), "--run-dir", str(run_dir)]
-    subprocess.run([*script, "--num-threads", "1", *flags], check=True, stdout=subprocess.DEVNULL)
-    metrics, summary = read(run_dir / "metrics.csv"), json.loads((run_dir / "summary.json").read_text())
-
-    def late(name: str) -> float | str:
-        """Mean over the last tenth of the iterations; empty where the metric does not apply."""
-        values = [float(row[name]) for row in metrics[-max(1, len(metrics) // 10) :] if row[name]]
-        return round(float(np.mean(values)), 4) if values else ""
-
+    metrics, summary = train("stas_ippo_mpe.py", ["--seed", str(seed), *flags], run_dir)
     key = {"scenario": scenario, "credit": credit, "seed": seed}
     result = key | {
         "flags": " ".join(flags),
         "return": round(summary["eval/episodic_return"], 3),
         "random_return": round(summary["random/episodic_return"], 3),
-        "training_return": late("charts/episodic_return"),
-        "entropy": late("losses/entropy"),
-        "reward_correlation": late("decomposer/reward_correlation"),
-        "shapley_correlation": late("decomposer/shapley_correlation"),
-        "explained_variance": late("decomposer/explained_variance"),
-        "credit_std": late("decomposer/credit_std"),
+        "training_return": late(metrics, "charts/episodic_return"),
+        "entropy": late(metrics, "losses/entropy"),
+        "reward_correlation": late(metrics, "decomposer/reward_correlation"),
+        "shapley_correlation": late(metrics, "decomposer/shapley_correlation"),
+        "explained_variance": late(metrics, "decomposer/explained_variance"),
+        "credit_std": late(metrics, "decomposer/credit_std"),
         "decomposer_share": round(float(np.mean([share(row) for row in metrics])), 3),
         "steps": summary["global_step"],
         "seconds": round(summary["wall_time"], 1),
@@ -100,14 +86,6 @@ def share(row: dict) -> float:
     """The decomposer's share of an iteration's time."""
     parts = [float(row[f"time/{name}"]) for name in ("decomposer", "rollout", "ppo")]
     return parts[0] / sum(parts)
-
-
-def interval(values: list[float], digits: int = 2) -> str:
-    """mean +- half the width of its 95% confidence interval (Student's t over the seeds)"""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}" if values else "-"
-    half = T_95[len(values)] * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def table(rows: list[dict]) -> str:
