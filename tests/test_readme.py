@@ -43,6 +43,11 @@ def test_benchmark_commands(command, tmp_path):
         "benchmark/gridworld.py": ["--num-envs", "1", "8", "--turns", "1", "--min-seconds", "0.01"],
         "benchmark/mpe.py": ["--credits", "stas", "shapley", "--seeds", "1", "2", f"--flags={TINY[MPE]}"],
         "benchmark/simulator.py": "--num-agents 3 --num-envs 1 8 --turns 1 --min-seconds 0.01".split(),
+        "benchmark/shapley.py": (
+            "--seeds 1 2 --mc-samples 5 --num-layers 1 --scenarios spread --critic-agents 3 --noise-agents 3 --draws 5 "
+            "--cost-agents 3 --cost-steps 25 --updates 2 --game-agents 2 --game-updates 3"
+        ).split()
+        + [f"--flags={TINY[MPE]}"],
     }
     _, program, *flags = shlex.split(command)
     full = [sys.executable, str(ROOT / program), *flags, *small[program], "--results", str(tmp_path)]
