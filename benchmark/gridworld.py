@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from common import rates_in_turns
+from common import RESULTS, ROOT, rates_in_turns
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from envs.alice_bob import AliceBob, parallel_env  # noqa: E402
@@ -29,7 +28,7 @@ class Args:
     """times each is measured"""
     min_seconds: float = 0.5
     """length of one measurement"""
-    results: Path = ROOT / "benchmark" / "results"
+    results: Path = RESULTS
     """folder of the results"""
 
 

@@ -99,6 +99,13 @@ def missing(path: Path, keys: tuple[str, ...], jobs: list[tuple]) -> list[tuple]
     return [job for job in dict.fromkeys(jobs) if tuple(map(str, job)) not in done]
 
 
+def draw_ranges(axis, x: list[int], values: list[list[float]], style: str, color: str, label: str) -> None:
+    """A line through the means of `values`, one list for every x, with bars from the lowest to the highest."""
+    low, middle, high = (np.array([f(each) for each in values]) for f in (min, np.mean, max))
+    bars = (middle - low, high - middle)
+    axis.errorbar(x, middle, bars, fmt=style, color=color, label=label, capsize=3, markersize=3)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training runs: M, layers, critic
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,8 +283,8 @@ def load_states(run_dir: Path, count: int) -> tuple[Decomposer, torch.Tensor, fl
     flags = json.loads((run_dir / "config.json").read_text())["flags"]
     checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     generator, buffer = torch.Generator().manual_seed(0), checkpoint["buffer"]
-    late = buffer["position"] - 1 - torch.randperm(min(1024, buffer["size"]), generator=generator)[:64]
-    obs, act, valid = (buffer["data"][name][late % buffer["size"]] for name in ("obs", "act", "valid"))
+    latest = buffer["position"] - 1 - torch.randperm(min(1024, buffer["size"]), generator=generator)[:64]
+    obs, act, valid = (buffer["data"][name][latest % buffer["size"]] for name in ("obs", "act", "valid"))
     names = ("emb_dim", "num_heads", "num_layers", "mc_samples", "attention_window")
     decomposer = Decomposer(
         obs.shape[-1], 5, flags["num_agents"], valid.shape[1], **{name: flags[name] for name in names}
@@ -371,10 +378,8 @@ def report_noise(args: Args, rows: list[dict]) -> None:
                 bias = np.mean(percent["bias", "pairs"]) if kind == "bernoulli" else 0
                 print(f"| {N} | {M} | {kind} | " + " | ".join(cells) + f" | {bias:.0f}% |")
             for draws, style in (("pairs", "o-"), ("independent", "o:")):
-                low, middle, high = (np.array([f(v) for v in distances[draws]]) for f in (min, np.mean, max))
-                look = {"fmt": style, "color": f"C{k}", "capsize": 3, "markersize": 3}
                 label = f"{kind}, {'antithetic pairs' if draws == 'pairs' else 'independent draws'}"
-                axis.errorbar(samples, middle, (middle - low, high - middle), label=label, **look)
+                draw_ranges(axis, samples, distances[draws], style, f"C{k}", label)
             if kind == "bernoulli":
                 axis.axhline(bias, color="C0", linewidth=0.8, linestyle="--", label="bias of bernoulli")
         axis.set(xscale="log", yscale="log", xlabel="coalitions M", title=f"{N} agents")
@@ -434,14 +439,13 @@ def cost_of(num_agents: int, steps: int, window: int, threads: int, samples: str
 
 
 def measure_cost(args: Args) -> None:
-    jobs = [(n, 25, 0, 1, "5", 7) for n in args.cost_agents]
-    jobs += [(3, steps, window, 1, "5", 7) for steps in args.cost_steps for window in (0, 25)]
+    jobs = [(n, 25, 0, 1, "5") for n in args.cost_agents]
+    jobs += [(3, steps, window, 1, "5") for steps in args.cost_steps for window in (0, 25)]
     compared = [(n, threads) for n in (3, 15) if n in args.cost_agents for threads in (1, 2)]
-    jobs += [(n, 25, 0, threads, "1 3 5 10", args.updates) for n, threads in compared]
+    jobs += [(n, 25, 0, threads, "1 3 5 10") for n, threads in compared]
     path = args.results / "shapley_cost.csv"
-    updates = {job[:-1]: job[-1] for job in jobs}
-    jobs = missing(path, ("num_agents", "steps", "window", "threads", "samples"), list(updates))
-    in_processes(cost_of, [(*job, updates[job]) for job in jobs], 1, path, fresh=True)
+    jobs = missing(path, ("num_agents", "steps", "window", "threads", "samples"), jobs)
+    in_processes(cost_of, [(*job, 7 if job[-1] == "5" else args.updates) for job in jobs], 1, path, fresh=True)
 
 
 def exponent(x: list[float], y: list[float]) -> float:
@@ -593,9 +597,7 @@ def report_games(args: Args, rows: list[dict]) -> None:
             )
             print(f"| {kind} | {NAMES[script]} | {cells} |")
             for axis, name in ((left, "error"), (right, "explained_variance")):
-                low, middle, high = (np.array([f(v) for v in values[name]]) for f in (min, np.mean, max))
-                look = {"fmt": style, "color": f"C{k}", "capsize": 3, "markersize": 3}
-                axis.errorbar(agents, middle, (middle - low, high - middle), label=f"{kind}, {NAMES[script]}", **look)
+                draw_ranges(axis, agents, values[name], style, f"C{k}", f"{kind}, {NAMES[script]}")
             if script == STAS:
                 equal = [np.mean(v) for v in values["equal_error"]]
                 print(f"| {kind} | equal shares of the true reward | " + " | ".join(f"{v:.2f}" for v in equal) + " |")

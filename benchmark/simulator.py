@@ -17,9 +17,8 @@ import mpe2.simple_tag_v3
 import numpy as np
 import torch
 import tyro
-from common import rates_in_turns
+from common import RESULTS, ROOT, rates_in_turns
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from envs.mpe import HORIZON, make, make_pettingzoo  # noqa: E402
@@ -37,7 +36,7 @@ class Args:
     """times each is measured"""
     min_seconds: float = 0.5
     """length of one measurement"""
-    results: Path = ROOT / "benchmark" / "results"
+    results: Path = RESULTS
     """folder of the results"""
 
 
