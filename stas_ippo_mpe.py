@@ -1,279 +1,209 @@
 """STAS + independent PPO on multi-agent particle environments (MPE), the whole algorithm in one file.
 
 STAS (Chen, Zhang, Yang, Du, AAAI 2024, https://arxiv.org/abs/2304.07520) learns from a team return R that is known only
-when an episode ends. One iteration:
+when an episode ends. One iteration of the training loop, which is at the end of this file:
   1. roll out: every agent acts on its own observation, one whole episode in each of `num_envs` environments;
   2. store: the episodes go into a replay buffer, with nothing of the reward but their returns;
   3. fit the decomposer: causal attention over time for each agent, then attention over agents, in which agent i sees
-     itself and a random coalition of the others. The mean over `mc_samples` coalitions is the network's direct guess
-     at what i contributes to the step, where a Shapley value would average differences of a team value. A linear head
+     itself and a random coalition C of the others. A Shapley value averages v(C + i) - v(C) over coalitions; STAS
+     averages the attention's output for C + i over `mc_samples` of them, and never computes a difference. A linear head
      turns it into a credit, and the credits of all agents and steps are trained to add up to R (mean squared error);
-  4. decompose: the fresh episodes get their credits, a dense reward for every agent at every step;
+  4. decompose: the fresh episodes get their credits, a dense reward for every agent at every step. Credits sum to the
+     *predicted* return; the leftover, R minus that, is paid at the last step, in equal shares. This is our default and
+     not the paper's, which drops it: `--conserve none`;
   5. PPO, independent but for shared weights: one actor and one critic serve all agents, told by a one-hot whom they
      serve, and each agent's advantages come from its own observations and credits.
-The training loop is at the end of the file; read it first, then `Decomposer`.
 
 Axes stand in the order (episode E, time T, agent N, feature): observations have O features, continuous actions A.
 D is the embedding width, H the number of heads, M the number of coalitions, B any batch, L the longest episode of a
-batch, S the valid steps of all episodes. R, the team return, is the sum of an episode's team rewards.
+batch, S the valid steps of all episodes. `env` keeps the protocol of envs/__init__.py.
 
-checkpoint.pt holds: iteration, global_step, wall_time, agent, agent_optimizer, decomposer, decomposer_optimizer,
-buffer, generator, env_generator, device (only state dicts, tensors, numbers and strings, to be loaded with
-weights_only=True; the decomposer and its optimizer only where the credit is learned).
+checkpoint.pt holds: iteration, global_step, wall_time, csv_position, agent, agent_optimizer, decomposer,
+decomposer_optimizer, buffer (numbers and state dicts, to be loaded with weights_only=True; the last three only where
+the credit is learned).
 """
 
-import csv
-import importlib.metadata
-import importlib.util
-import json
+import signal
+
+if __name__ == "__main__":  # until the training loop begins, Ctrl-C ends at once and quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
-from pathlib import Path
-from typing import Literal, NoReturn
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from torch.distributions import Beta, Categorical, Distribution, Independent
 
-from envs.mpe import SimpleSpread, copy_state, make, make_pettingzoo
+import run_folder
+from envs.mpe import make, make_pettingzoo
+from evaluate import evaluate_run
 
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seed of the networks, the environment and every random draw"""
-    torch_deterministic: bool = True
-    """use deterministic torch algorithms only"""
-    cuda: bool = False
-    """train on a CUDA device if there is one"""
-    track: bool = False
-    """also log to Weights and Biases (needs wandb)"""
-    wandb_project_name: str = "stas"
-    """project of Weights and Biases"""
-    wandb_entity: str | None = None
-    """entity (team) of Weights and Biases"""
-    num_threads: int = 0
-    """CPU threads (0: torch's default)"""
-    run_dir: str | None = None
-    """run folder (default: runs/{env}__{exp_name}__{seed}__{time})"""
-    resume: str | None = None
-    """run folder to continue; its saved flags win, only total_timesteps, eval_episodes and cuda may be given anew"""
-    checkpoint_every: int = 20
-    """iterations between two checkpoints"""
-    eval_episodes: int | None = None
-    """episodes of the final evaluation on mpe2 (None: 100 up to 6 agents, then 30)"""
+    """Flags in four groups: the run, the environment, PPO (with CleanRL's names), the method."""
 
+    # The run
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
+    seed: int = 1  # learner, environment and evaluation draw from three seeds derived from this one
+    torch_deterministic: bool = True  # use deterministic torch algorithms only
+    cuda: bool = False  # train on a CUDA device if there is one
+    num_threads: int = 0  # CPU threads (0: torch's default)
+    track: bool = False  # also log to Weights and Biases (needs wandb)
+    wandb_project_name: str = "stas"  # project of Weights and Biases
+    wandb_entity: str | None = None  # entity (team) of Weights and Biases
+    run_dir: str | None = None  # run folder (default: runs/{environment}__{exp_name}__{changed flags}__{seed}__{time})
+    resume: str | None = None
+    """run folder to continue; its flags win, but total_timesteps, eval_episodes and cuda may be given anew. More
+    total_timesteps for a finished run restart what anneals at a higher value"""
+    checkpoint_every: int = 20  # iterations between two checkpoints
+    eval_episodes: int = 100  # episodes of the final evaluation on mpe2
+
+    # The environment
     scenario: Literal["spread", "tag", "push"] = "spread"
     """cooperative navigation, predator-prey (the predators learn), or cooperative push"""
-    num_agents: int = 3
-    """agents that learn, N"""
-    continuous_actions: bool = False
-    """actions are the strengths of the five moves, from 0 to 1, instead of one of them"""
+    num_agents: int = 3  # agents that learn, N
+    continuous_actions: bool = False  # actions are the strengths of the five moves, from 0 to 1, instead of one of them
     num_agent_neighbors: int | None = None
     """other agents an agent sees, nearest first (None: all; 5 in spread with 15 agents)"""
     num_landmark_neighbors: int | None = None
     """landmarks an agent sees, nearest first (None: all; 6 in spread with 15 agents; not in push)"""
-    num_prey: int | None = None
-    """prey in tag (None: a third of the agents, at least 1)"""
-    num_obstacles: int | None = None
-    """obstacles in tag (None: 2 up to 3 agents, 3 up to 6, then 5)"""
+    num_prey: int | None = None  # prey in tag (None: a third of the agents, at least 1)
+    num_obstacles: int | None = None  # obstacles in tag (None: 2 up to 3 agents, 3 up to 6, then 5)
 
-    total_timesteps: int = 600_000
-    """environment steps (joint actions) to train for"""
-    num_envs: int = 128
-    """episodes per iteration, played side by side"""
-    learning_rate: float = 1e-3
-    """learning rate of the policy and the critic (Adam)"""
-    anneal_lr: bool = True
-    """decay the learning rate of the policy and the critic linearly to zero"""
-    gamma: float = 1.0
-    """discount factor"""
-    gae_lambda: float = 1.0
-    """lambda of generalised advantage estimation"""
-    num_minibatches: int = 16
-    """minibatches per epoch"""
-    update_epochs: int = 10
-    """epochs of policy updates per iteration"""
-    norm_adv: bool = True
-    """normalise the advantages of each minibatch"""
-    clip_coef: float = 0.2
-    """clipping range of the surrogate objective"""
-    clip_vloss: bool = False
-    """clip the value loss too"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus"""
-    anneal_ent: bool = True
-    """decay the weight of the entropy bonus linearly to zero"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest norm of the gradient of policy and critic together"""
-    target_kl: float | None = None
-    """stop an iteration's policy updates beyond this KL divergence"""
-
-    credit: Literal["stas", "temporal", "uniform", "episodic", "dense", "shapley", "difference"] = "stas"
-    """what the agents learn from. stas: learned credits; and in equal shares, temporal: credits learned with attention
-    over time only; uniform: R / episode length at every step; episodic: R at the last step (plain PPO on the delayed
-    return); dense: the true reward of every step, an oracle, as the method may not see it. In spread also two oracles
-    that are not equal shares: shapley, the exact Shapley values of the true step reward; difference, what it would lose
-    without the agent"""
-    conserve: Literal["none", "terminal", "uniform"] = "terminal"
-    """where the leftover, R - sum of learned credits, goes in equal shares. none: it is dropped (the paper); terminal:
-    to the last step; uniform: to all steps"""
+    # PPO
+    total_timesteps: int = 600_000  # environment steps (joint actions) to train for
+    num_envs: int = 128  # episodes per iteration, played side by side
+    learning_rate: float = 1e-3  # learning rate of the policy and the critic (Adam)
+    anneal_lr: bool = True  # decay the learning rate of the policy and the critic linearly to zero
+    gamma: float = 1.0  # discount factor
+    gae_lambda: float = 1.0  # lambda of generalised advantage estimation
+    num_minibatches: int = 16  # minibatches per epoch
+    update_epochs: int = 10  # epochs of policy updates per iteration
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    clip_coef: float = 0.2  # clipping range of the surrogate objective
+    clip_vloss: bool = False  # clip the value loss too
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    anneal_ent: bool = True  # decay the weight of the entropy bonus linearly to zero
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # largest norm of the gradient of policy and critic together
+    target_kl: float | None = None  # stop an iteration's policy updates beyond this KL divergence
     critic: Literal["independent", "centralized"] = "independent"
-    """what the critic sees. independent: the agent's own observation; centralized: those of all agents (MAPPO)"""
-    mc_samples: int = 5
-    """coalitions drawn per agent and step, M"""
-    coalition: Literal["bernoulli", "permutation", "exact"] = "bernoulli"
-    """who joins an agent's coalitions. bernoulli: each other agent with probability 1/2 (the paper); permutation: those
-    before it in a random order, which gives Shapley's weights; exact: all coalitions, with Shapley's weights (up to 8
-    agents)"""
-    emb_dim: int = 64
-    """width of the decomposer, D"""
-    num_heads: int = 4
-    """attention heads of the decomposer"""
-    num_layers: int = 1
-    """temporal attention layers of the decomposer"""
-    attention_window: int = 0
-    """steps each layer of temporal attention looks back on, the present one included (0: all)"""
-    decomposer_lr: float = 3e-3
-    """learning rate of the decomposer (Adam)"""
-    decomposer_batch_size: int = 128
-    """episodes per decomposer update"""
-    decomposer_updates: int = 4
-    """decomposer updates per iteration"""
-    buffer_size: int = 16_384
-    """episodes the replay buffer holds"""
-    learning_starts: int = 0
-    """episodes collected before the policy learns"""
+    """what the critic sees beside the time: the agent's own observation, or those of all agents (MAPPO)"""
+
+    # The method
+    credit: Literal["stas", "temporal", "uniform", "episodic", "dense", "shapley", "difference"] = "stas"
+    """what the agents learn from. stas: learned credits. In equal shares, temporal: credits learned with attention over
+    time only; uniform: R / episode length at every step; episodic: R at the last step (plain PPO on the delayed
+    return). Oracles, which the method may not see: dense, the true reward of every step in equal shares; in spread its
+    exact Shapley values (shapley), and what it would lose without the agent (difference)"""
+    conserve: Literal["none", "terminal", "uniform"] = "terminal"
+    """where the leftover, R - sum of learned credits, goes in equal shares: nowhere (none, the paper), to the last step
+    (terminal), or to all steps (uniform)"""
+    mc_samples: int = 5  # coalitions drawn per agent and step, M
+    coalition: Literal["bernoulli", "permutation", "exact", "all"] = "bernoulli"
+    """who is in an agent's coalitions. bernoulli: each other agent with probability 1/2 (the paper); permutation: those
+    before it in a random order (Shapley's weights); exact: all coalitions with Shapley's weights (up to 8 agents); all:
+    everyone always, which is plain attention"""
+    emb_dim: int = 64  # width of the decomposer, D
+    num_heads: int = 4  # attention heads of the decomposer
+    num_layers: int = 1  # temporal attention layers of the decomposer
+    attention_window: int = 0  # steps each layer of temporal attention looks back on, the present one included (0: all)
+    decomposer_lr: float = 3e-3  # learning rate of the decomposer (Adam)
+    decomposer_batch_size: int = 128  # episodes per decomposer update
+    decomposer_updates: int = 4  # decomposer updates per iteration
+    buffer_size: int = 16_384  # episodes the replay buffer holds
+    learning_starts: int = 0  # episodes collected before the policy learns from those of an iteration
     reward_scale: float | None = None
-    """the decomposer's targets and PPO's rewards are divided by this, to be of order one; everything logged is in
-    raw units (None: 10; 50 in push)"""
+    """the decomposer's targets and PPO's rewards are divided by this; logs are in raw units (None: 10; 50 in push)"""
 
 
-SCENARIO_DEFAULTS = {  # of the flags that are None until the scenario is known
-    "spread": {"reward_scale": 10.0},
-    "tag": {"reward_scale": 10.0},
-    "push": {"reward_scale": 50.0},
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The environment
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def set_defaults(args: Args) -> Args:
-    """The flags with None replaced by the scenario's default, but for the environment's options: `make` knows those."""
-    defaults = SCENARIO_DEFAULTS[args.scenario] | {"eval_episodes": 100 if args.num_agents <= 6 else 30}
-    return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+RANGES = [  # the smallest and the largest value of every number
+    (0, 2**32 - 1, "seed"),
+    (0, 256, "num_threads num_obstacles"),
+    (1, 10**12, "total_timesteps"),
+    (1, 10**6, "num_minibatches buffer_size checkpoint_every eval_episodes"),
+    (1, 10**5, "num_envs decomposer_batch_size"),
+    (1, 10**4, "update_epochs decomposer_updates"),
+    (1, 1024, "mc_samples emb_dim"),
+    (1, 100, "num_heads num_layers num_agents num_agent_neighbors num_landmark_neighbors num_prey"),
+    (0, 10**9, "learning_starts attention_window"),
+    (1e-12, 1e38, "learning_rate decomposer_lr"),
+    (1e-12, 1e9, "clip_coef max_grad_norm target_kl reward_scale"),
+    (0, 1e9, "ent_coef vf_coef"),
+    (0, 1, "gamma gae_lambda"),
+]
+METRICS = (  # the columns of metrics.csv
+    "iteration global_step wall_time charts/episodic_return charts/episodic_length "
+    "charts/agent_return_sum charts/SPS charts/learning_rate losses/value_loss losses/policy_loss losses/entropy "
+    "losses/old_approx_kl losses/approx_kl losses/clipfrac losses/explained_variance decomposer/loss "
+    "decomposer/explained_variance decomposer/credit_std decomposer/reward_correlation "
+    "decomposer/shapley_correlation time/rollout time/decomposer time/ppo"
+).split()
 
 
 def env_options(args: Args) -> dict:
-    """The options of `make` and `make_pettingzoo`."""
     names = "scenario num_agents continuous_actions num_agent_neighbors num_landmark_neighbors num_prey num_obstacles"
     return {name: getattr(args, name) for name in names.split()}
 
 
-def validate_env(args: Args) -> None:
-    """End with a one-line error on options the scenario does not have or cannot take."""
-    check_flag(args, "num_agents", "at least 1", args.num_agents >= 1)
-    least = {"num_agent_neighbors": 1, "num_landmark_neighbors": 1, "num_prey": 1, "num_obstacles": 0}
-    for name, smallest in least.items():
-        value = getattr(args, name)
-        check_flag(args, name, f"{smallest} or more", value is None or value >= smallest)
-    for name in ("num_prey", "num_obstacles"):
-        only_tag = args.scenario == "tag" or getattr(args, name) is None
-        check_flag(args, name, f"left out with --scenario {args.scenario}", only_tag)
-    landmarks = args.scenario != "push" or args.num_landmark_neighbors is None
-    check_flag(args, "num_landmark_neighbors", "left out with --scenario push", landmarks)
-    known = args.scenario == "spread" or args.credit not in ("shapley", "difference")
-    check_flag(args, "credit", f"stas, temporal, uniform, episodic or dense with --scenario {args.scenario}", known)
+def make_env(args: Args, num_envs: int, device: str | torch.device = "cpu"):
+    """The batched environment to learn in."""
+    return make(num_envs=num_envs, device=device, **env_options(args))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The decomposer
-# ---------------------------------------------------------------------------------------------------------------------
+def make_parallel_env(args: Args, render_mode: str | None = None):
+    """The PettingZoo environment to be evaluated on."""
+    return make_pettingzoo(render_mode=render_mode, **env_options(args))
 
 
 def sample_coalitions(
-    kind: str, num_samples: int, batch: int, num_agents: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Draw coalitions afresh for every (episode, step) pair (paper, section 4.2).
+    kind: str, num_samples: int, batch: int, num_agents: int, device: str | torch.device = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coalitions, drawn afresh for every (episode, step) pair (paper, section 4.2), and their weights.
 
-    Random coalitions come in antithetic pairs, m and m + ceil(M / 2): one, and its complement among the others (of an
-    order, the reverse); if M is odd, one has no partner. Each is distributed as if drawn alone. Their mean varies less
-    as far as an agent's output depends on how many and which others it sees, for each other is in one of the two.
+    Coin flips and orders come in antithetic pairs, m and m + ceil(M / 2): the second flips every coin, or reverses the
+    order, of the first. Each is distributed as if drawn alone, but their mean varies less. With odd M one stays alone.
 
     Args:
         kind: "bernoulli": every other agent joins with probability 1/2, which is uniform over coalitions and so
             estimates the Banzhaf weighting (the paper's choice). "permutation": the agents before i in a random order,
-            which has Shapley's weights. "exact": no draw, all 2^(N-1) coalitions, to be weighted by `shapley_weights`.
-        num_samples: M; not used by "exact".
-        batch: number of (episode, step) pairs, B.
-        generator: torch's global one if None.
+            which has Shapley's weights. "exact": no draw, all 2^(N-1) coalitions. "all": no draw, everyone.
+        num_samples: M, of the kinds that are drawn. batch: number of (episode, step) pairs, B.
     Returns:
-        (M, or 2^(N-1) if "exact", B, N, N) bool, [m, b, i, j]: agent j is in C_m + {i}. The diagonal is always True.
+        masks (M, B, N, N) bool, [m, b, i, j]: agent j is in C_m + {i}, so the diagonal is always True; (M, 1, N, N) if
+        nothing is drawn. weights (M,), which sum to 1.
     """
-    device = generator.device if generator is not None else None
     self_mask = torch.eye(num_agents, dtype=torch.bool, device=device)
     pairs = (num_samples + 1) // 2
     if kind == "bernoulli":
-        first = torch.rand((pairs, batch, num_agents, num_agents), generator=generator, device=device) < 0.5
-        return torch.cat((first, ~first))[:num_samples] | self_mask
-    if kind == "permutation":
+        first = torch.rand(pairs, batch, num_agents, num_agents, device=device) < 0.5
+        masks = torch.cat((first, ~first))[:num_samples] | self_mask
+    elif kind == "permutation":
         # Agents arrive at uniformly random times, and so in a random order: before i come those who arrive earlier.
-        arrival = torch.rand((pairs, batch, num_agents), generator=generator, device=device)
+        arrival = torch.rand(pairs, batch, num_agents, device=device)
         first = arrival.unsqueeze(-2) < arrival.unsqueeze(-1)
-        return torch.cat((first, first.transpose(-2, -1)))[:num_samples] | self_mask
-    if kind == "exact":
-        masks = self_mask.repeat(2 ** (num_agents - 1), 1, 1)
-        members = (
-            torch.arange(len(masks), device=device).unsqueeze(1) >> torch.arange(num_agents - 1, device=device) & 1
-        )
-        masks[:, ~self_mask] = members.bool().repeat(1, num_agents)  # row i: its N-1 others, in order
-        return masks.unsqueeze(1).expand(-1, batch, -1, -1)
-    raise ValueError(f"coalition must be 'bernoulli', 'permutation' or 'exact', got {kind!r}")
-
-
-def shapley_weights(num_agents: int) -> torch.Tensor:
-    """|C|! (N-|C|-1)! / N! of every coalition, in the order of `sample_coalitions("exact")`: (2^(N-1),)."""
-    sizes = [bin(m).count("1") for m in range(2 ** (num_agents - 1))]
-    factorial = [math.factorial(n) for n in range(num_agents + 1)]
-    return torch.tensor([factorial[c] * factorial[num_agents - c - 1] / factorial[num_agents] for c in sizes])
-
-
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    """Step t attends to the last `window` steps, t included, or to all steps <= t if `window` is 0.
-
-    With a window W < T, the steps are cut into chunks of W. A chunk's queries meet the keys of their own chunk and of
-    the one before, which hold all they may see: work and memory grow with T W, so it pays where T is many times W.
-    Shapes: q, k, v and the result (B, H, T, d), where d = D / H.
-    """
-    B, H, T, _ = q.shape
-    if window == 0 or window >= T:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    q, k, v = (F.pad(y.flatten(0, 1), (0, 0, 0, -T % window)).unflatten(1, (-1, window)) for y in (q, k, v))
-    # Now q is (B H, chunks, W, d); each chunk of k and v gets the one before it in front: (B H, chunks, 2 W, d).
-    k, v = (torch.cat((F.pad(y, (0, 0, 0, 0, 1, 0))[:, :-1], y), dim=2) for y in (k, v))
-    steps = torch.arange(2 * window, device=q.device)
-    ahead = steps - steps[window:].unsqueeze(1)  # of each query, where the keys are
-    seen = ((ahead <= 0) & (ahead > -window)).repeat(1, q.shape[1], 1, 1)  # (1, chunks, W, 2 W)
-    seen[:, 0, :, :window] = False  # there is no chunk before the first
-    return F.scaled_dot_product_attention(q, k, v, seen).flatten(1, 2)[:, :T].view(B, H, T, -1)
+        masks = torch.cat((first, first.transpose(-2, -1)))[:num_samples] | self_mask
+    elif kind == "exact":
+        masks = self_mask.repeat(2 ** (num_agents - 1), 1, 1, 1)
+        members = torch.arange(len(masks), device=device).unsqueeze(1) >> torch.arange(num_agents - 1, device=device)
+        masks[:, 0, ~self_mask] = (members & 1).bool().repeat(1, num_agents)  # row i: its N - 1 others, in order
+        # |C|! (N-|C|-1)! / N! = 1 / (N binomial(N-1, |C|)), Shapley's weights
+        weights = [1 / (num_agents * math.comb(num_agents - 1, int(m).bit_count())) for m in range(len(masks))]
+        return masks, torch.tensor(weights, device=device)
+    elif kind == "all":
+        masks = torch.ones(1, 1, num_agents, num_agents, dtype=torch.bool, device=device)
+    else:
+        raise ValueError(f"coalition {kind}: must be bernoulli, permutation, exact or all")
+    return masks, torch.full((len(masks),), 1 / len(masks), device=device)
 
 
 class TemporalLayer(nn.Module):
@@ -293,7 +223,12 @@ class TemporalLayer(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D / H) each
         # Padding comes after the end of an episode, so causality alone keeps valid steps from seeing it.
-        attended = causal_attention(q, k, v, self.window)
+        if 0 < self.window < T:
+            steps = torch.arange(T, device=x.device)
+            age = steps.unsqueeze(1) - steps  # (T, T), of each key for each query
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(0 <= age) & (age < self.window))
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(attended.transpose(1, 2).reshape(B, T, D))
         return x + self.mlp(self.norm2(x))
 
@@ -301,11 +236,11 @@ class TemporalLayer(nn.Module):
 class ShapleyAttention(nn.Module):
     """Attention over agents, averaged over coalitions: the paper's stand-in for a Shapley value (section 4.2).
 
-    phi_i = sum_m w_m Attn_i(x restricted to C_m + {i}). Queries are agent-specific; keys, values and output are shared.
-    Scores and values do not depend on the coalition, and all that follows the softmax is linear (but for a bias, which
-    weights that sum to 1 keep), so the probabilities are averaged over the coalitions and multiplied with the values
-    once. In each softmax, exp(score) / sum over the coalition of exp(score), only that sum depends on the coalition, so
-    the exponentials are computed once too.
+    phi_i = W_O sum_j P_ij v_j, with P_ij = sum_m w_m 1[j in C_m] e_ij / sum_{k in C_m} e_ik and e_ij = exp(score_ij),
+    C_m with i itself. W_Q is agent-specific, W_K, W_V and W_O are shared; an identity is added to each agent's input.
+    The same as attending anew under every coalition, but e and v are computed once, so that coalitions cost little:
+
+        phi = sum(w * W_O(softmax(scores.masked_fill(~mask.unsqueeze(1), -inf)) @ v) for mask, w in zip(masks, weights))
     """
 
     def __init__(self, emb_dim: int, num_heads: int, num_agents: int):
@@ -316,72 +251,57 @@ class ShapleyAttention(nn.Module):
         self.key_value = nn.Linear(emb_dim, 2 * emb_dim)
         self.proj = nn.Linear(emb_dim, emb_dim)
 
-    def forward(self, x: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, N, D), masks (M, B or 1, N, N) bool, weights (M,) or (M, N), 1/M if not given -> phi (B, N, D)"""
+    def forward(self, x: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """x (B, N, D), masks (M, B or 1, N, N) bool, weights (M,) that sum to 1 -> phi (B, N, D)"""
         B, N, D = x.shape
-        M = len(masks)
-        weights = x.new_full((M, 1), 1 / M) if weights is None else weights.to(x).view(M, -1)
         x = x + self.identity
         query = torch.einsum("bnd,nde->bne", x, self.query)
         key, value = self.key_value(x).chunk(2, dim=-1)
         query, key, value = (y.view(B, N, self.num_heads, -1).transpose(1, 2) for y in (query, key, value))
         scores = query @ key.transpose(-2, -1) / math.sqrt(key.shape[-1])  # (B, H, N, N)
-        # Scores count relative to the agent's own, which is in every coalition: so no sum is below 1, and an agent
-        # outside has no influence at all. The clamp prevents overflow; it binds only on differences above 40.
+        # A factor of e_i cancels in P_i. Relative to the agent's own score, its own e is 1, and in every coalition: no
+        # sum is too small to divide by. The clamp prevents overflow; it binds beyond differences of 40.
         own = scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        exp_scores = (scores - own).clamp(-40, 40).exp().transpose(1, 2)  # (B, N, H, N)
+        e = (scores - own).clamp(-40, 40).exp().transpose(1, 2)  # (B, N, H, N)
         masks = masks.permute(1, 2, 0, 3).to(x.dtype, memory_format=torch.contiguous_format)  # (B or 1, N, M, N)
-        norm = torch.einsum("bihj,bimj->bihm", exp_scores, masks)  # (B, N, H, M)
-        share = torch.einsum("bihm,bimj->bihj", weights.T.unsqueeze(1) / norm, masks)  # weighted mean over coalitions
-        probs = (exp_scores * share).transpose(1, 2)  # (B, H, N, N)
-        return self.proj((probs @ value).transpose(1, 2).reshape(B, N, D))
+        norm = torch.einsum("bihj,bimj->bihm", e, masks)  # (B, N, H, M), sum_{k in C_m} e_ik
+        P_over_e = torch.einsum("bihm,bimj->bihj", weights.to(x) / norm, masks)  # sum_m w_m 1[j in C_m] / norm_im
+        P = (e * P_over_e).transpose(1, 2)  # (B, H, N, N)
+        return self.proj((P @ value).transpose(1, 2).reshape(B, N, D))
 
 
 class Decomposer(nn.Module):
     """Splits the team return into credits: temporal layers, one Shapley block, a linear head (section 4).
 
-    With spatial=False the Shapley block is left out and the agents share each step's credit equally.
+    With credit "temporal" the Shapley block is left out and the agents share each step's credit equally.
     """
 
-    def __init__(
-        self,
-        obs_dim: int,
-        num_actions: int,
-        num_agents: int,
-        horizon: int,
-        emb_dim: int = 64,
-        num_heads: int = 4,
-        num_layers: int = 2,
-        mc_samples: int = 5,
-        coalition: str = "bernoulli",
-        continuous: bool = False,
-        spatial: bool = True,
-        attention_window: int = 0,
-    ):
+    def __init__(self, args, env):
         super().__init__()
-        self.mc_samples, self.coalition = mc_samples, coalition
-        self.scale = 1 / math.sqrt(horizon * num_agents)  # keeps Adam's first steps on the sum of all credits small
-        self.embed_obs = nn.Linear(obs_dim, emb_dim)
-        self.embed_act = nn.Linear(num_actions, emb_dim) if continuous else nn.Embedding(num_actions, emb_dim)
-        self.position = nn.Parameter(0.02 * torch.randn(horizon, 1, emb_dim))
-        self.temporal = nn.ModuleList(TemporalLayer(emb_dim, num_heads, attention_window) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(emb_dim)
-        self.shapley = ShapleyAttention(emb_dim, num_heads, num_agents) if spatial else None
-        self.register_buffer("weights", shapley_weights(num_agents) if coalition == "exact" else None, persistent=False)
-        self.head = nn.Linear(emb_dim, 1)
+        D, N = args.emb_dim, env.num_agents
+        self.mc_samples, self.coalition, self.continuous = args.mc_samples, args.coalition, env.continuous
+        self.scale = 1 / math.sqrt(env.horizon * N)  # of a sum of T N credits, as Adam would overshoot
+        self.embed_obs = nn.Linear(env.obs_dim, D)
+        self.embed_act = nn.Linear(env.num_actions, D) if env.continuous else nn.Embedding(env.num_actions, D)
+        self.position = nn.Parameter(0.02 * torch.randn(env.horizon, 1, D))
+        layers = (TemporalLayer(D, args.num_heads, args.attention_window) for _ in range(args.num_layers))
+        self.temporal = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(D)
+        self.shapley = ShapleyAttention(D, args.num_heads, N) if args.credit == "stas" else None
+        self.head = nn.Linear(D, 1)
         nn.init.zeros_(self.head.weight)  # credits start at zero
         nn.init.zeros_(self.head.bias)
 
-    def forward(
-        self, obs: torch.Tensor, act: torch.Tensor, valid: torch.Tensor, generator: torch.Generator | None = None
-    ) -> torch.Tensor:
+    def forward(self, obs: torch.Tensor, act: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """obs (E, T, N, O), act (E, T, N) or (E, T, N, A), valid (E, T) -> credits (E, T, N), zero where not valid
 
-        `generator` draws the coalitions (torch's global one if None). Multiply by the reward scale for raw units.
+        Multiply by the reward scale for raw units.
         """
         E, T, N, _ = obs.shape
         L = int(valid.any(dim=0).sum())  # the longest episode: no work on steps that none reaches
-        x = self.embed_obs(obs[:, :L]) + self.embed_act(act[:, :L]) + self.position[:L]  # (E, L, N, D)
+        obs = obs[:, :L].to(self.position.dtype)  # a buffer may hold half precision and short integers
+        act = act[:, :L].to(self.position.dtype if self.continuous else torch.int64)
+        x = self.embed_obs(obs) + self.embed_act(act) + self.position[:L]  # (E, L, N, D)
         x = x.transpose(1, 2).reshape(E * N, L, -1)  # one sequence per agent
         for layer in self.temporal:
             x = layer(x)
@@ -389,54 +309,41 @@ class Decomposer(nn.Module):
         if self.shapley is None:
             credits = self.head(x).squeeze(-1).mean(dim=2, keepdim=True).expand(E, L, N)
         else:
-            batch = 1 if self.coalition == "exact" else E * L
-            masks = sample_coalitions(self.coalition, self.mc_samples, batch, N, generator).to(x.device)
-            phi = self.shapley(x.reshape(E * L, N, -1), masks, self.weights)
+            masks, weights = sample_coalitions(self.coalition, self.mc_samples, E * L, N, x.device)
+            phi = self.shapley(x.reshape(E * L, N, -1), masks, weights)
             credits = self.head(phi).view(E, L, N)
         credits = F.pad(credits, (0, 0, 0, T - L))  # (E, T, N)
         return self.scale * credits * valid.unsqueeze(-1)
 
 
 def distribute_return(returns: torch.Tensor, valid: torch.Tensor, num_agents: int, where: str) -> torch.Tensor:
-    """Spread one number per episode over its steps and, equally, over the agents.
+    """Spread one number per episode, (E,), over its valid steps, (E, T), and equally over the agents: (E, T, N).
 
-    Args:
-        returns: (E,). valid: (E, T) bool. where: "terminal": all at the last valid step; "uniform": the same at every
-            valid step of the episode.
-    Returns:
-        credits (E, T, N), which sum to the returns.
+    where: "terminal", all at the last valid step; "uniform", the same at every valid step of the episode.
     """
     length = valid.sum(dim=1, keepdim=True)  # (E, 1)
     if where == "terminal":
-        share = (torch.arange(valid.shape[1], device=valid.device) == length - 1).to(returns.dtype)
-    elif where == "uniform":
-        share = valid / length
+        share = torch.arange(valid.shape[1], device=valid.device) == length - 1
     else:
-        raise ValueError(f"where must be 'terminal' or 'uniform', got {where!r}")
+        share = valid / length
     return (returns.unsqueeze(1) * share / num_agents).unsqueeze(-1).expand(-1, -1, num_agents)
 
 
 @torch.no_grad()
-def decompose(
-    args,
-    decomposer: nn.Module | None,
-    obs: torch.Tensor,
-    act: torch.Tensor,
-    team_reward: torch.Tensor,
-    valid: torch.Tensor,
-    generator: torch.Generator | None,
-) -> torch.Tensor:
-    """Credits of `args.credit` for whole episodes, (E, T, N) in raw reward units; shapes as in `rollout`.
+def decompose(args, decomposer: nn.Module | None, episodes: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Credits of `args.credit` for whole episodes as `rollout` returns them: (E, T, N) in raw reward units.
 
-    The learned credits, stas and temporal, do not look at `team_reward`.
+    The learned credits, stas and temporal, look at nothing of the reward. Their leftover is the business of `conserve`.
     """
-    num_agents = obs.shape[2]
+    team_reward, valid, N = episodes["team_reward"], episodes["valid"], episodes["obs"].shape[2]
+    if args.credit in ("stas", "temporal"):
+        return args.reward_scale * decomposer(episodes["obs"], episodes["act"], valid)
     if args.credit == "dense":
-        return (team_reward / num_agents).unsqueeze(-1).expand(-1, -1, num_agents)
+        return (team_reward / N).unsqueeze(-1).expand(-1, -1, N)
     if args.credit in ("episodic", "uniform"):
         where = "terminal" if args.credit == "episodic" else "uniform"
-        return distribute_return(team_reward.sum(dim=1), valid, num_agents, where)
-    return args.reward_scale * decomposer(obs, act, valid, generator)
+        return distribute_return(team_reward.sum(dim=1), valid, N, where)
+    return episodes[args.credit]  # an oracle of the environment
 
 
 def conserve(credits: torch.Tensor, returns: torch.Tensor, valid: torch.Tensor, where: str) -> torch.Tensor:
@@ -450,41 +357,32 @@ class ReplayBuffer:
     """A ring of the latest `capacity` episodes, each a row in tensors of the names given to `add`."""
 
     def __init__(self, capacity: int, device: str | torch.device):
-        self.capacity, self.device = capacity, device
-        self.size, self.position = 0, 0
+        self.capacity, self.device, self.count = capacity, device, 0  # the next row is count % capacity
         self.data: dict[str, torch.Tensor] = {}
 
     def add(self, **episodes: torch.Tensor) -> None:
         """Append episodes; every tensor has the same number of rows."""
         for name, rows in episodes.items():
-            if name not in self.data:
-                self.data[name] = torch.zeros((self.capacity, *rows.shape[1:]), dtype=rows.dtype, device=self.device)
             rows = rows[-self.capacity :].to(self.device)
-            index = (self.position + torch.arange(len(rows), device=self.device)) % self.capacity
+            if name not in self.data:
+                self.data[name] = rows.new_zeros((self.capacity, *rows.shape[1:]))
+            index = (self.count + torch.arange(len(rows), device=self.device)) % self.capacity
             self.data[name][index] = rows
-        self.position = (self.position + len(rows)) % self.capacity
-        self.size = min(self.size + len(rows), self.capacity)
+        self.count += len(rows)
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def sample(self, batch_size: int) -> dict[str, torch.Tensor]:
         """Episodes drawn uniformly with replacement, so that any batch size works from the first episode on."""
-        index = torch.randint(self.size, (batch_size,), generator=generator, device=self.device)
+        index = torch.randint(min(self.count, self.capacity), (batch_size,), device=self.device)
         return {name: rows[index] for name, rows in self.data.items()}
 
     def state_dict(self) -> dict:
-        free = self.size < self.capacity
-        stored = {name: rows[: self.size].clone() if free else rows for name, rows in self.data.items()}
-        return {"size": self.size, "position": self.position, "data": stored}
+        return {"count": self.count, "data": {name: rows[: self.count].clone() for name, rows in self.data.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        self.data, self.size, self.position = {}, 0, 0
-        if state["size"]:
+        self.data, self.count = {}, 0
+        if state["data"]:
             self.add(**state["data"])
-        self.position = state["position"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Independent PPO
-# ---------------------------------------------------------------------------------------------------------------------
+        self.count = state["count"]
 
 
 def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
@@ -495,103 +393,89 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
 
 def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
     """Two hidden layers of 64, tanh."""
-    return nn.Sequential(
-        layer_init(nn.Linear(inputs, 64)),
-        nn.Tanh(),
-        layer_init(nn.Linear(64, 64)),
-        nn.Tanh(),
-        layer_init(nn.Linear(64, outputs), std),
-    )
+    hidden = (layer_init(nn.Linear(inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh())
+    return nn.Sequential(*hidden, layer_init(nn.Linear(64, outputs), std))
 
 
 class ActorCritic(nn.Module):
     """One actor and one critic shared by all agents, each told which agent it serves by a one-hot.
 
-    The actor sees the agent's own observation; the critic does too, or all observations if `centralized`; if `timed`,
-    the critic is told the time as well, on which the value of a state depends where only the horizon ends an episode.
+    The actor sees the agent's own observation. The critic sees it too, or those of all agents if centralized, and the
+    time, for only the horizon ends an episode that is not solved.
     """
 
-    def __init__(self, obs_dim: int, num_actions: int, num_agents: int, centralized: bool = False, timed: bool = False):
+    def __init__(self, args, env):
         super().__init__()
-        self.centralized, self.timed = centralized, timed
-        self.register_buffer("agent_id", torch.eye(num_agents), persistent=False)
-        self.actor = mlp(obs_dim + num_agents, num_actions, std=0.01)
-        self.critic = mlp(obs_dim * (num_agents if centralized else 1) + num_agents + timed, 1, std=1.0)
+        self.centralized = args.critic == "centralized"
+        self.register_buffer("agent_id", torch.eye(env.num_agents), persistent=False)
+        outputs = 2 * env.num_actions if env.continuous else env.num_actions
+        self.actor = mlp(env.obs_dim + env.num_agents, outputs, std=0.01)
+        seen = env.obs_dim * (env.num_agents if self.centralized else 1)
+        self.critic = mlp(seen + env.num_agents + 1, 1, std=1.0)
 
-    def log_probs(self, obs: torch.Tensor) -> torch.Tensor:
-        """(..., N, O) -> log-probabilities of all actions (..., N, num_actions)"""
-        obs = torch.cat((obs, self.agent_id.expand(*obs.shape[:-1], -1)), dim=-1)
-        return self.actor(obs).log_softmax(dim=-1)
+    def policy(self, obs: torch.Tensor) -> Distribution:
+        """obs (..., N, O) -> distribution of the actions (..., N) or (..., N, A)"""
+        return self.distribution(self.actor(torch.cat((obs, self.agent_id.expand(*obs.shape[:-1], -1)), dim=-1)))
 
-    def value(self, obs: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
-        """obs (..., N, O), time (...) from 0 to 1, if `timed` -> (..., N)"""
-        inputs = [obs, self.agent_id.expand(*obs.shape[:-1], -1)]
-        if self.centralized:
-            inputs[0] = obs.flatten(-2).unsqueeze(-2).expand(*obs.shape[:-1], -1)
-        if self.timed:
-            inputs.append(time[..., None, None].expand(*obs.shape[:-1], -1))
+    def distribution(self, outputs: torch.Tensor) -> Distribution:
+        return Categorical(logits=outputs, validate_args=False)
+
+    def sample(self, policy: Distribution) -> torch.Tensor:
+        return policy.sample()
+
+    def get_value(self, obs: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
+        """obs (..., N, O), elapsed (...), the share of the horizon that is over -> (..., N)"""
+        shape = obs.shape[:-1]
+        seen = obs.flatten(-2).unsqueeze(-2).expand(*shape, -1) if self.centralized else obs
+        inputs = (seen, self.agent_id.expand(*shape, -1), elapsed[..., None, None].expand(*shape, -1))
         return self.critic(torch.cat(inputs, dim=-1)).squeeze(-1)
 
-    def act(self, obs: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample actions: obs (..., N, O) -> act (..., N) int64, logprob (..., N)"""
-        log_probs = self.log_probs(obs)
-        noise = torch.empty_like(log_probs).exponential_(generator=generator)
-        act = (log_probs - noise.log()).argmax(dim=-1)  # the Gumbel-max trick; torch.distributions takes no generator
-        return act, log_probs.gather(-1, act.unsqueeze(-1)).squeeze(-1)
-
-    def evaluate(self, obs: torch.Tensor, act: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of the actions and entropy of the policy, both (..., N)"""
-        log_probs = self.log_probs(obs)
-        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return log_probs.gather(-1, act.unsqueeze(-1)).squeeze(-1), entropy
+    def get_action_and_value(self, obs: torch.Tensor, elapsed: torch.Tensor, action: torch.Tensor | None = None):
+        """obs (..., N, O), elapsed (...) -> action (drawn if None), logprob, the policy's entropy, value: (..., N)"""
+        policy = self.policy(obs)
+        if action is None:
+            action = self.sample(policy)
+        return action, policy.log_prob(action), policy.entropy(), self.get_value(obs, elapsed)
 
 
 class ContinuousActorCritic(ActorCritic):
     """Actions in [0, 1]^A, drawn from Beta distributions with parameters above 1, which have a single mode."""
 
-    def __init__(self, obs_dim: int, num_actions: int, num_agents: int, centralized: bool = False, timed: bool = False):
-        super().__init__(obs_dim, 2 * num_actions, num_agents, centralized, timed)
+    def distribution(self, outputs: torch.Tensor) -> Distribution:
+        alpha, beta = (1 + F.softplus(outputs).clamp(max=1000)).chunk(2, dim=-1)  # larger ones lose float32's precision
+        return Independent(Beta(alpha, beta, validate_args=False), 1, validate_args=False)
 
-    def policy(self, obs: torch.Tensor) -> torch.distributions.Beta:
-        """obs (..., N, O) -> distributions of the actions (..., N, A)"""
-        obs = torch.cat((obs, self.agent_id.expand(*obs.shape[:-1], -1)), dim=-1)
-        first, second = (1 + F.softplus(self.actor(obs)).clamp(max=1000)).chunk(2, dim=-1)  # precise in float32
-        return torch.distributions.Beta(first, second, validate_args=False)  # what is not finite shows in the loss
+    def sample(self, policy: Distribution) -> torch.Tensor:
+        return policy.sample().clamp(1e-4, 1 - 1e-4)  # where log-probabilities are finite
 
-    def act(self, obs: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample actions: obs (..., N, O) -> act (..., N, A), logprob (..., N)"""
-        policy = self.policy(obs)
-        # A Beta draw is the share of the first of two Gamma draws; torch.distributions takes no generator.
-        parameters = (policy.concentration1, policy.concentration0)
-        first, second = (torch._standard_gamma(parameter, generator=generator) for parameter in parameters)
-        act = (first / (first + second)).clamp(1e-4, 1 - 1e-4)  # where log-probabilities are finite
-        return act, policy.log_prob(act).sum(dim=-1)
 
-    def evaluate(self, obs: torch.Tensor, act: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of the actions and entropy of the policy, both (..., N)"""
-        policy = self.policy(obs)
-        return policy.log_prob(act).sum(dim=-1), policy.entropy().sum(dim=-1)
+def make_networks(args: Args, env) -> tuple[nn.Module, nn.Module | None]:
+    """The agents' networks, and the decomposer where the credit is learned; ValueError if a flag does not fit."""
+    if args.credit == "stas" and args.coalition == "exact" and env.num_agents > 8:
+        raise ValueError("coalition exact: must be bernoulli, permutation or all with more than 8 agents")
+    if args.credit in ("shapley", "difference") and args.credit not in env.oracles():
+        raise ValueError(f"credit {args.credit}: must be another with scenario {args.scenario}")
+    agent = (ContinuousActorCritic if env.continuous else ActorCritic)(args, env)
+    return agent, Decomposer(args, env) if args.credit in ("stas", "temporal") else None
 
 
 @torch.no_grad()
-def rollout(env, agent: nn.Module, generator: torch.Generator, watch=None) -> tuple[torch.Tensor, ...]:
+def rollout(env, agent: nn.Module, seed: int | None = None) -> dict[str, torch.Tensor]:
     """Play one whole episode in every environment.
 
-    Args:
-        watch: called with `env` after every step.
-    Returns:
-        obs (E, T, N, O), act (E, T, N) or (E, T, N, A), logprob (E, T, N), team_reward (E, T), valid (E, T) bool.
+    Returns obs (E, T, N, O), elapsed (E, T), act (E, T, N) or (E, T, N, A), logprob and value (E, T, N), team_reward
+    (0 where not valid) and valid (E, T), and what the environment's `oracles` tell after every step, (E, T, N) each.
     """
-    next_obs = env.reset()
-    steps = []
-    for _ in range(env.horizon):
+    next_obs, steps = env.reset(seed), []
+    for t in range(env.horizon):
         obs, valid = next_obs, ~env.terminated
-        act, logprob = agent.act(obs, generator)
+        elapsed = torch.full((env.num_envs,), t / env.horizon, device=obs.device)
+        act, logprob, _, value = agent.get_action_and_value(obs, elapsed)
         next_obs, team_reward, _ = env.step(act)
-        steps.append((obs, act, logprob, team_reward, valid))
-        if watch is not None:
-            watch(env)
-    return tuple(torch.stack(column, dim=1) for column in zip(*steps))
+        step = dict(obs=obs, elapsed=elapsed, act=act, logprob=logprob, value=value)
+        step |= dict(team_reward=team_reward, valid=valid)
+        steps.append(step | (env.oracles() if hasattr(env, "oracles") else {}))
+    return {name: torch.stack([step[name] for step in steps], dim=1) for name in steps[0]}
 
 
 def compute_gae(
@@ -599,10 +483,7 @@ def compute_gae(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438), where the value after the last valid step is 0.
 
-    Args:
-        rewards, values: (E, T, N). valid: (E, T) bool, true up to and including the last step of each episode.
-    Returns:
-        advantages, returns: (E, T, N), zero where not valid.
+    rewards, values (E, T, N), valid (E, T) -> advantages, returns (E, T, N), zero where not valid
     """
     valid = valid.unsqueeze(-1).to(values.dtype)  # (E, T, 1)
     values = values * valid
@@ -613,11 +494,6 @@ def compute_gae(
         next_advantage = advantages[:, t] = (delta + gamma * gae_lambda * next_advantage) * valid[:, t]
         next_value = values[:, t]
     return advantages, advantages + values
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring, evaluating, drawing
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def centred_correlation(x: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -> float:
@@ -633,420 +509,113 @@ def explained_variance(predicted: torch.Tensor, true: torch.Tensor) -> float:
     return (1 - (true - predicted).var(correction=0) / variance).item() if variance > 0 else math.nan
 
 
-@torch.no_grad()
-def play_episode(env, policy, seed: int | None = None, watch=None) -> dict[str, torch.Tensor]:
-    """Play one episode of a PettingZoo ParallelEnv.
-
-    Args:
-        policy: maps obs (N, O) to act (N,) or (N, A); None plays uniformly at random.
-        watch: called with `env` before the first step and after every step.
-    Returns:
-        obs (1, T, N, O), act (1, T, N) or (1, T, N, A), team_reward (1, T), valid (1, T), terminated (1,).
-    """
-    agents, steps, terminated = env.possible_agents, [], False
-    obs, _ = env.reset(seed=seed)
-    if watch is not None:
-        watch(env)
-    while env.agents:
-        joint_obs = torch.as_tensor(np.stack([obs[name] for name in agents]), dtype=torch.float32)
-        act = np.stack([env.action_space(name).sample() for name in agents]) if policy is None else policy(joint_obs)
-        act = torch.as_tensor(act).cpu()
-        obs, reward, termination, _, _ = env.step(dict(zip(agents, act.numpy())))
-        steps.append(
-            (joint_obs, act, torch.tensor(float(np.mean([reward[name] for name in agents]))), torch.tensor(True))
-        )
-        terminated = any(termination.values())
-        if watch is not None:
-            watch(env)
-    columns = [torch.stack(column).unsqueeze(0) for column in zip(*steps)]
-    return dict(zip(("obs", "act", "team_reward", "valid"), columns)) | {"terminated": torch.tensor([terminated])}
-
-
-def evaluate(env, policy, num_episodes: int, seed: int) -> tuple[dict[str, float], float]:
-    """Play episodes of a PettingZoo ParallelEnv; return the summary's figures and the fraction that terminated."""
-    for i, name in enumerate(env.possible_agents):
-        env.action_space(name).seed(seed + i)
-    episodes = [play_episode(env, policy, seed=seed if i == 0 else None) for i in range(num_episodes)]
-    returns = torch.stack([episode["team_reward"].sum() for episode in episodes])
-    figures = {
-        "episodic_return": returns.mean().item(),
-        "episodic_return_std": returns.std(correction=0).item(),
-        "episodic_length": float(np.mean([episode["valid"].sum() for episode in episodes])),
-        "episodes": num_episodes,
-    }
-    return figures, float(np.mean([bool(episode["terminated"]) for episode in episodes]))
-
-
-def draw_learning_curve(run_dir: Path, panels: dict[str, str]) -> None:
-    """learning_curve.png: columns of metrics.csv (`panels`: column to axis label) against environment steps."""
-    import matplotlib.figure
-    import matplotlib.ticker
-
-    with open(run_dir / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure = matplotlib.figure.Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
-    for axis, (column, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        points = [(int(row["global_step"]), float(row[column])) for row in rows if row[column]]
-        axis.plot(*zip(*points) if points else ((), ()), color="tab:blue", marker=".")
-        axis.set(xlabel="environment steps", ylabel=label)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
-        axis.grid(alpha=0.3)
-    figure.savefig(run_dir / "learning_curve.png", dpi=120)
-
-
-def draw_credits(
-    path: Path, credits: np.ndarray, team_reward: np.ndarray, agents: list[str], title: str, marks: list[tuple]
-) -> None:
-    """credit.png: one episode's credits, agents x time, under the true team reward of each step.
-
-    Args:
-        credits: (T, N). team_reward: (T,). marks: (step, agent index, text) to write into the cells of the heat map.
-    """
-    import matplotlib.figure
-
-    T, N = credits.shape
-    figure = matplotlib.figure.Figure(figsize=(max(7.5, 0.32 * T + 2), 2.6 + 0.45 * N), layout="constrained")
-    top, heat = figure.subplots(2, 1, sharex=True, height_ratios=(1.6, 0.5 * N))
-    top.bar(range(T), team_reward, color="tab:gray")
-    top.axhline(0, color="black", linewidth=0.5)
-    top.set_ylabel("true team\nreward")
-    top.set_title(title, fontsize=10)
-    limit = max(float(np.abs(credits).max()), 1e-8)
-    image = heat.imshow(credits.T, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
-    heat.set(xlabel="step", yticks=range(N), yticklabels=agents, xlim=(-0.5, T - 0.5))
-    for step, agent, text in marks:
-        dark = abs(credits[step, agent]) > 0.6 * limit
-        heat.text(step, agent, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
-    figure.colorbar(image, ax=heat, label="credit")
-    figure.savefig(path, dpi=120)
-
-
-def save_gif(path: Path, frames: list[np.ndarray], fps: int) -> None:
-    """Write frames (H, W, 3) as an endless animation that rests on its last picture."""
-    from PIL import Image
-
-    images = [Image.fromarray(frame) for frame in frames]
-    durations = [1000 // fps] * (len(images) - 1) + [2000]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run folder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """End the program with one line on stderr."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def check_flag(args, name: str, allowed: str, ok: bool) -> None:
-    """End with a line that names the flag, its value and what is allowed, unless ok."""
-    if not ok:
-        fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {allowed}")
-
-
-def validate(args, num_agents: int) -> None:
-    """End with a one-line error on flag values that parse but make no sense."""
-    at_least_one = "total_timesteps num_envs num_minibatches update_epochs mc_samples emb_dim num_heads num_layers"
-    at_least_one += " decomposer_batch_size decomposer_updates buffer_size eval_episodes checkpoint_every"
-    for name in at_least_one.split():
-        check_flag(args, name, "at least 1", getattr(args, name) >= 1)
-    for name in ("num_threads", "learning_starts", "attention_window"):
-        check_flag(args, name, "0 or more", getattr(args, name) >= 0)
-    check_flag(args, "seed", "between 0 and 2^32 - 1", 0 <= args.seed < 2**32)
-    for name in ("learning_rate", "decomposer_lr", "clip_coef", "max_grad_norm", "reward_scale"):
-        check_flag(args, name, "a finite number above 0", 0 < getattr(args, name) < math.inf)
-    for name in ("ent_coef", "vf_coef"):
-        check_flag(args, name, "a finite number, 0 or more", 0 <= getattr(args, name) < math.inf)
-    for name in ("gamma", "gae_lambda"):
-        check_flag(args, name, "between 0 and 1", 0 <= getattr(args, name) <= 1)
-    check_flag(args, "target_kl", "a finite number above 0", args.target_kl is None or 0 < args.target_kl < math.inf)
-    check_flag(args, "emb_dim", f"a multiple of --num-heads {args.num_heads}", args.emb_dim % args.num_heads == 0)
-    few = args.coalition != "exact" or num_agents <= 8
-    check_flag(args, "coalition", "bernoulli or permutation with more than 8 agents", few)
-    check_flag(args, "track", "off unless wandb is installed", not args.track or importlib.util.find_spec("wandb"))
-
-
-def load_run(args):
-    """Flags and checkpoint of the run folder `args.resume`. The saved flags win over those of the command line.
-
-    Returns:
-        the flags to run with, and the checkpoint, None if the run was killed before its first.
-    """
-    run_dir = Path(args.resume)
-    try:
-        config = json.loads((run_dir / "config.json").read_text())
-        default = type(args)(**config["flags"]) if config["script"] == os.path.basename(__file__) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        default = None
-    if default is None:
-        fail(f"--resume {args.resume}: must be the run folder of an earlier run of {os.path.basename(__file__)}")
-    given = tyro.cli(type(args), default=default)  # again, on top of the saved flags: what differs was asked for now
-    anew = {name: getattr(given, name) for name in ("total_timesteps", "eval_episodes", "cuda")}
-    asked = [field.name for field in fields(args) if getattr(given, field.name) != getattr(default, field.name)]
-    ignored = [name for name in asked if name != "resume" and name not in anew]
-    if ignored:
-        print(f"ignored, a resumed run keeps its own: {', '.join('--' + name.replace('_', '-') for name in ignored)}")
-    checkpoint = None
-    if (run_dir / "checkpoint.pt").exists():
-        try:
-            checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True, map_location="cpu")
-        except Exception as error:  # torch raises many kinds on a damaged file
-            fail(f"--resume {args.resume}: cannot read checkpoint.pt ({type(error).__name__})")
-    return replace(default, run_dir=str(run_dir), resume=args.resume, **anew), checkpoint
-
-
-def make_run_dir(args, env_name: str) -> Path:
-    """The run folder: that of the run to resume, or a new one."""
-    if args.resume is not None:
-        return Path(args.resume)
-    run_dir = Path(args.run_dir or f"runs/{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
-        empty = not any(run_dir.iterdir())
-    except OSError as error:
-        fail(f"--run-dir {run_dir}: must be a folder that can be written ({error.strerror})")
-    if not empty:
-        fail(f"--run-dir {run_dir}: must be new or empty; to continue the run in it, use --resume")
-    return run_dir
-
-
-def check_finite(name: str, value: torch.Tensor, iteration: int) -> None:
-    """End the program, with the last good checkpoint kept, if a loss or the norm of a gradient is not finite."""
-    if not math.isfinite(value.item()):
-        fail(f"{name} is {value.item()} in iteration {iteration}; the last checkpoint is kept", code=1)
-
-
-def replace_file(path: Path, write) -> None:
-    """write(temporary path), then rename, so that `path` is always whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def write_config(run_dir: Path, args) -> None:
-    """config.json: all flags, package versions, git commit; written whole or not at all.
-
-    A resumed run keeps the versions and the commit it began with; only flags may have changed.
-    """
-    path = run_dir / "config.json"
-    if path.exists():
-        config = json.loads(path.read_text())
-    else:
-        here = os.path.dirname(os.path.abspath(__file__))
-        command = ["git", "-C", here, "rev-parse", "-q", "--verify", "HEAD"]
-        try:
-            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-        except OSError:  # no git on this machine
-            commit = None
-        packages = ("torch", "numpy", "pettingzoo", "mpe2", "tyro", "tensorboard")
-        versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
-        config = {"script": os.path.basename(__file__), "flags": None, "versions": versions, "git_commit": commit}
-    config["flags"] = asdict(args)
-    replace_file(path, lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))
-
-
-def open_metrics(run_dir: Path, columns: list[str], iterations: int) -> tuple:
-    """metrics.csv, cut back to its first `iterations` rows: the open file and a csv writer that appends to it."""
-    path, kept = run_dir / "metrics.csv", []
-    if path.exists():
-        with open(path, newline="") as file:
-            kept = list(csv.DictReader(file))[:iterations]
-
-    def rewrite(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as file:
-            rows = csv.DictWriter(file, columns)
-            rows.writeheader()
-            rows.writerows(kept)
-
-    replace_file(path, rewrite)
-    file = open(path, "a", newline="")
-    return file, csv.DictWriter(file, columns)
-
-
-METRICS = (  # the columns of metrics.csv
-    "iteration global_step wall_time charts/episodic_return charts/episodic_length "
-    "charts/agent_return_sum charts/SPS charts/learning_rate losses/value_loss losses/policy_loss losses/entropy "
-    "losses/old_approx_kl losses/approx_kl losses/clipfrac losses/explained_variance decomposer/loss "
-    "decomposer/explained_variance decomposer/credit_std decomposer/reward_correlation "
-    "decomposer/shapley_correlation time/rollout time/decomposer time/ppo"
-).split()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The training loop
-# ---------------------------------------------------------------------------------------------------------------------
+def measure_credits(args, decomposer: nn.Module, episodes: dict, credits: torch.Tensor) -> dict[str, float]:
+    """How well learned credits (E, T, N) tell when and to whom reward is due, and the noise of their coalitions."""
+    valid = episodes["valid"]
+    metrics = {"decomposer/reward_correlation": centred_correlation(credits.sum(2), episodes["team_reward"], valid)}
+    if args.credit == "stas" and "shapley" in episodes:
+        by_step = (x.flatten(0, 1) for x in (credits, episodes["shapley"], valid.unsqueeze(2).expand_as(credits)))
+        metrics["decomposer/shapley_correlation"] = centred_correlation(*by_step)  # rows are steps: (E T, N) each
+    few = {name: x[:32] for name, x in episodes.items()}  # to save time
+    draws = torch.stack([decompose(args, decomposer, few) for _ in range(4)])
+    return metrics | {"decomposer/credit_std": draws.std(dim=0)[valid[:32]].mean().item()}
 
 
 if __name__ == "__main__":
-    args, checkpoint = tyro.cli(Args), None
-    if args.resume is not None:
-        args, checkpoint = load_run(args)
-    args = set_defaults(args)
-    validate_env(args)
-    validate(args, args.num_agents)
-    run_dir = make_run_dir(args, f"{args.scenario}_{args.num_agents}")
-    write_config(run_dir, args)
-    signals: list[int] = []
-    for signum in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, then stop
-        signal.signal(signum, lambda signum, frame: signals.append(signum))
+    sys.excepthook = run_folder.report_error
+    args, config, checkpoint = run_folder.parse_flags(Args, RANGES, __file__)
+    run_name = run_folder.name_run(args, f"{args.scenario}_{args.num_agents}")
+    args.reward_scale = args.reward_scale or (50.0 if args.scenario == "push" else 10.0)
 
-    # Set-up: device, seeds, environment, networks, and where they stood if the run is resumed.
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.cuda and device.type == "cpu":
-        print("--cuda: no CUDA device found, running on the CPU")
-    if args.num_threads > 0:
-        torch.set_num_threads(args.num_threads)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what determinism asks of CUDA
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.manual_seed(args.seed)  # the networks' initial weights
-    generator = torch.Generator(device).manual_seed(args.seed)  # every draw of the learner
-
-    env = make(num_envs=args.num_envs, device=device, **env_options(args))
-    env.reset(seed=args.seed)
-    N = env.num_agents
-    episode_time = torch.linspace(0, 1, env.horizon, device=device).expand(args.num_envs, -1)  # (E, T), for the critic
-    Agent = ContinuousActorCritic if env.continuous else ActorCritic
-    agent = Agent(env.obs_dim, env.num_actions, N, args.critic == "centralized", timed=True).to(device)
-    agent_optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-    decomposer = None
-    if args.credit in ("stas", "temporal"):  # the other credits need none
-        decomposer = Decomposer(
-            obs_dim=env.obs_dim,
-            num_actions=env.num_actions,
-            num_agents=N,
-            horizon=env.horizon,
-            emb_dim=args.emb_dim,
-            num_heads=args.num_heads,
-            num_layers=args.num_layers,
-            mc_samples=args.mc_samples,
-            coalition=args.coalition,
-            continuous=env.continuous,
-            spatial=args.credit == "stas",
-            attention_window=args.attention_window,
-        ).to(device)
-        decomposer_optimizer = torch.optim.Adam(decomposer.parameters(), lr=args.decomposer_lr)
-    # In spread what every agent contributed to a step can be computed: for the oracles, and to measure credits against.
-    true_credits = None
-    if isinstance(env, SimpleSpread) and args.credit in ("stas", "shapley", "difference"):
-        true_credits = SimpleSpread.difference_reward if args.credit == "difference" else SimpleSpread.shapley_reward
-    buffer = ReplayBuffer(args.buffer_size, device)
-    stateful = {"agent": agent, "agent_optimizer": agent_optimizer, "buffer": buffer}
+    # Device, seeds, environment, networks, and where they stood if the run is resumed.
+    device = run_folder.choose_device(args)
+    torch.manual_seed(args.seed)
+    try:
+        env = make_env(args, args.num_envs, device)
+        agent, decomposer = make_networks(args, env)
+    except ValueError as error:
+        run_folder.fail_flag(error)
+    agent_optimizer = torch.optim.Adam(agent.to(device).parameters(), lr=args.learning_rate, eps=1e-5)
+    parts = {"agent": agent, "agent_optimizer": agent_optimizer}
     if decomposer is not None:
-        stateful |= {"decomposer": decomposer, "decomposer_optimizer": decomposer_optimizer}
-    iteration, global_step, wall_time = 0, 0, 0.0
-    if checkpoint is not None:
-        iteration, global_step, wall_time = (checkpoint[key] for key in ("iteration", "global_step", "wall_time"))
-        for name, part in stateful.items():
-            part.load_state_dict(checkpoint[name])
-        if checkpoint["device"] == device.type:
-            generator.set_state(checkpoint["generator"])
-            env.generator.set_state(checkpoint["env_generator"])
-        else:  # another kind of device draws other numbers
-            generator.manual_seed(args.seed + iteration)
-            env.generator.manual_seed(args.seed + iteration)
-        checkpoint = None  # it holds a copy of the buffer
+        decomposer_optimizer = torch.optim.Adam(decomposer.to(device).parameters(), lr=args.decomposer_lr)
+        buffer = ReplayBuffer(args.buffer_size, device)
+        parts |= {"decomposer": decomposer, "decomposer_optimizer": decomposer_optimizer, "buffer": buffer}
+    iteration, global_step, wall_time, csv_position = run_folder.restore(checkpoint, parts)
+    checkpoint = None  # it holds a copy of the buffer
 
-    if global_step < args.total_timesteps:
-        (run_dir / "summary.json").unlink(missing_ok=True)  # of a shorter run
-    csv_file, csv_writer = open_metrics(run_dir, METRICS, iteration)
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=run_dir.name,
-            id=run_dir.name,
-            resume="allow",
-            config=asdict(args),
-            sync_tensorboard=True,
-        )
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=not sys.stderr.isatty())
+    # The run folder and the logs.
+    run_dir = run_folder.open_run_dir(args, run_name, config)
+    csv_file, csv_writer, writer, bar = run_folder.open_logs(args, run_dir, METRICS, global_step, csv_position)
     start_time, last_print = time.time() - wall_time, time.time()
+    signals = run_folder.catch_signals()
 
     while global_step < args.total_timesteps:
         iteration += 1
         remaining = 1 - global_step / args.total_timesteps
-        learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)
+        agent_optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         ent_coef = args.ent_coef * (remaining if args.anneal_ent else 1)
-        agent_optimizer.param_groups[0]["lr"] = learning_rate
         clock = [time.time()]
 
-        # 1, 2. Roll out one whole episode per environment; store the episodes with their returns.
-        truth: list[torch.Tensor] = []  # (E, N) of every step
-        watch = None if true_credits is None else lambda env, truth=truth: truth.append(true_credits(env))
-        obs, act, logprob, team_reward, valid = rollout(env, agent, generator, watch)
-        returns = team_reward.sum(dim=1)  # (E,)
-        if decomposer is not None:
-            buffer.add(obs=obs, act=act, valid=valid, returns=returns)
+        # 1. Roll out one whole episode per environment. All draws follow from the seed and the iteration's number, so
+        # that no generator needs to be saved.
+        learner_seed, env_seed = np.random.SeedSequence((args.seed, iteration)).generate_state(2).tolist()
+        torch.manual_seed(learner_seed)
+        episodes = rollout(env, agent, env_seed)
+        valid, returns = episodes["valid"], episodes["team_reward"].sum(dim=1)  # (E, T), (E,)
         global_step += int(valid.sum())
         metrics = {
             "charts/episodic_return": returns.mean().item(),
             "charts/episodic_length": valid.sum(dim=1).float().mean().item(),
-            "charts/agent_return_sum": N * returns.mean().item(),  # the paper's figure
-            "charts/learning_rate": learning_rate,
+            "charts/agent_return_sum": env.num_agents * returns.mean().item(),  # the paper's figure
+            "charts/learning_rate": agent_optimizer.param_groups[0]["lr"],
         }
         clock.append(time.time())
 
-        # 3. Fit the decomposer to the returns of stored episodes.
+        # 2. Store the episodes, with nothing of the reward but their returns; half precision is enough.
         if decomposer is not None:
-            # How well it predicts the fresh episodes, before it is trained on them.
-            predicted = decompose(args, decomposer, obs, act, team_reward, valid, generator).sum(dim=(1, 2))
+            # How well does it predict fresh episodes, before it is trained on them? (To look must not change the run.)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                predicted = decompose(args, decomposer, episodes).sum(dim=(1, 2))
             metrics["decomposer/explained_variance"] = explained_variance(predicted, returns)
+            act = episodes["act"].half() if env.continuous else episodes["act"].short()
+            buffer.add(obs=episodes["obs"].half(), act=act, valid=valid, returns=returns)
+
+            # 3. Fit the decomposer to the returns of stored episodes.
             losses = []
             for _ in range(args.decomposer_updates):
-                batch = buffer.sample(args.decomposer_batch_size, generator)
-                predicted = decomposer(batch["obs"], batch["act"], batch["valid"], generator).sum(dim=(1, 2))
+                batch = buffer.sample(args.decomposer_batch_size)
+                predicted = decomposer(batch["obs"], batch["act"], batch["valid"]).sum(dim=(1, 2))
                 loss = F.mse_loss(predicted, batch["returns"] / args.reward_scale)
-                check_finite("decomposer/loss", loss, iteration)
                 decomposer_optimizer.zero_grad()
                 loss.backward()
-                norm = nn.utils.clip_grad_norm_(decomposer.parameters(), math.inf)  # measured, not clipped
-                check_finite("the decomposer's gradient", norm, iteration)
                 decomposer_optimizer.step()
-                losses.append(loss.item())
-            metrics["decomposer/loss"] = np.mean(losses) * args.reward_scale**2
+                losses.append(loss.detach())
+            metrics["decomposer/loss"] = torch.stack(losses).mean().item() * args.reward_scale**2
 
-        # 4. Decompose the fresh episodes' returns.
-        if args.credit in ("shapley", "difference"):
-            credits = torch.stack(truth, dim=1)  # (E, T, N)
-        else:
-            credits = decompose(args, decomposer, obs, act, team_reward, valid, generator)  # (E, T, N)
-        if decomposer is not None:  # for the log
-            # The noise of the coalition draws, over four more of them, on 32 episodes.
-            some = [x[:32] for x in (obs, act, team_reward, valid)]
-            draws = torch.stack([decompose(args, decomposer, *some, generator) for _ in range(4)])
-            metrics["decomposer/credit_std"] = draws.std(dim=0)[valid[:32]].mean().item()
-            # When: is credit higher in the steps that earned reward?
-            metrics["decomposer/reward_correlation"] = centred_correlation(credits.sum(dim=2), team_reward, valid)
-            if truth:  # who: is credit higher for the agents that earned it?
-                every = valid.unsqueeze(2).expand(-1, -1, N)
-                flat = (x.flatten(0, 1) for x in (credits, torch.stack(truth, dim=1), every))  # (E T, N) each
-                metrics["decomposer/shapley_correlation"] = centred_correlation(*flat)
-            credits = conserve(credits, returns, valid, args.conserve)
+        # 4. Decompose the fresh episodes' returns into credits; pay the leftover.
+        rewards = credits = decompose(args, decomposer, episodes)  # (E, T, N)
+        if decomposer is not None:
+            rewards = conserve(credits, returns, valid, args.conserve)
         clock.append(time.time())
 
-        # 5. Independent PPO on the credits, over the S valid steps of all episodes.
+        # 5. Independent PPO on these rewards, over the S valid steps of all episodes.
         if iteration * args.num_envs >= args.learning_starts:
-            with torch.no_grad():
-                values = agent.value(obs, episode_time)  # (E, T, N)
-            advantages, targets = compute_gae(credits / args.reward_scale, values, valid, args.gamma, args.gae_lambda)
-            b_obs, b_act, b_logprob, b_values = (x[valid] for x in (obs, act, logprob, values))  # (S, N, ...)
-            b_advantages, b_targets, b_time = advantages[valid], targets[valid], episode_time[valid]
+            values = episodes["value"]  # (E, T, N)
+            advantages, targets = compute_gae(rewards / args.reward_scale, values, valid, args.gamma, args.gae_lambda)
+            names = ("obs", "elapsed", "act", "logprob", "value")
+            b_obs, b_elapsed, b_act, b_logprob, b_values = (episodes[name][valid] for name in names)  # (S, ...)
+            b_advantages, b_targets = advantages[valid], targets[valid]  # (S, N)
             clipfracs = []
             for _ in range(args.update_epochs):
-                for mb in torch.randperm(len(b_obs), generator=generator, device=device).chunk(args.num_minibatches):
-                    newlogprob, entropy = agent.evaluate(b_obs[mb], b_act[mb])
+                for mb in torch.randperm(len(b_obs), device=device).chunk(args.num_minibatches):
+                    _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb], b_elapsed[mb], b_act[mb])
                     logratio = newlogprob - b_logprob[mb]
                     ratio = logratio.exp()
                     with torch.no_grad():
                         old_approx_kl = (-logratio).mean()
                         approx_kl = ((ratio - 1) - logratio).mean()
-                        clipfracs.append(((ratio - 1).abs() > args.clip_coef).float().mean().item())
+                        clipfracs.append(((ratio - 1).abs() > args.clip_coef).float().mean())
                     mb_advantages = b_advantages[mb]
                     if args.norm_adv:
                         mb_advantages = mb_advantages - mb_advantages.mean()
@@ -1054,7 +623,6 @@ if __name__ == "__main__":
                     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                     pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio).mean()
 
-                    newvalue = agent.value(b_obs[mb], b_time[mb])
                     v_loss = (newvalue - b_targets[mb]).square()
                     if args.clip_vloss:
                         change = (newvalue - b_values[mb]).clamp(-args.clip_coef, args.clip_coef)
@@ -1062,11 +630,9 @@ if __name__ == "__main__":
                     v_loss = 0.5 * v_loss.mean()
 
                     loss = pg_loss - ent_coef * entropy.mean() + args.vf_coef * v_loss
-                    check_finite("PPO's loss", loss, iteration)
                     agent_optimizer.zero_grad()
                     loss.backward()
-                    norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    check_finite("PPO's gradient", norm, iteration)
+                    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     agent_optimizer.step()
                 if args.target_kl is not None and approx_kl > args.target_kl:
                     break
@@ -1076,12 +642,17 @@ if __name__ == "__main__":
                 "losses/entropy": entropy.mean().item(),
                 "losses/old_approx_kl": old_approx_kl.item(),
                 "losses/approx_kl": approx_kl.item(),
-                "losses/clipfrac": np.mean(clipfracs),
+                "losses/clipfrac": torch.stack(clipfracs).mean().item(),
                 "losses/explained_variance": explained_variance(b_values, b_targets),
             }
         clock.append(time.time())
 
-        # Log; save now and then.
+        # Log; save now and then, but never what a loss that is not finite has done to the weights.
+        for name, network in (("decomposer/loss", decomposer), ("PPO's loss", agent)):
+            if network is not None and not all(weights.isfinite().all() for weights in network.parameters()):
+                run_folder.fail(f"{name} is not finite in iteration {iteration}{run_folder.kept(run_dir)}", code=1)
+        if decomposer is not None:
+            metrics |= measure_credits(args, decomposer, episodes, credits)
         wall_time = time.time() - start_time
         metrics |= zip(("time/rollout", "time/decomposer", "time/ppo"), np.diff(clock))
         metrics["charts/SPS"] = round(global_step / wall_time)
@@ -1090,84 +661,20 @@ if __name__ == "__main__":
         csv_file.flush()
         for name, value in metrics.items():
             writer.add_scalar(name, value, global_step)
-        finished = global_step >= args.total_timesteps
-        report = f"return {metrics['charts/episodic_return']:.2f}"
-        bar.set_postfix_str(report, refresh=False)
-        bar.update(global_step - bar.n)
-        if bar.disable and (finished or time.time() - last_print > 10):
-            last_print, left = time.time(), max(args.total_timesteps - global_step, 0) / global_step * wall_time
-            speed = f"{metrics['charts/SPS']:,.0f} steps/s, {left:.0f} s left"
-            print(f"{global_step:,} of {args.total_timesteps:,} steps, {report}, {speed}", flush=True)
-        stopping = finished or bool(signals)
-        if stopping or iteration % args.checkpoint_every == 0:
+        stopped, finished = bool(signals), global_step >= args.total_timesteps
+        bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.2f}", refresh=False)
+        bar.update(min(global_step, args.total_timesteps) - bar.n)
+        if not sys.stderr.isatty() and (finished or time.time() - last_print > 10):
+            print(bar, flush=True)
+            last_print = time.time()
+        if stopped or finished or iteration % args.checkpoint_every == 0:
             writer.flush()
-            state = {name: part.state_dict() for name, part in stateful.items()}
-            state |= {"iteration": iteration, "global_step": global_step, "wall_time": wall_time, "device": device.type}
-            state |= {"generator": generator.get_state(), "env_generator": env.generator.get_state()}
-            replace_file(run_dir / "checkpoint.pt", partial(torch.save, state))
-            del state  # it holds a copy of the buffer
-        if stopping:
-            break
+            run_folder.save_checkpoint(run_dir, parts, (iteration, global_step, wall_time, csv_file.tell()))
+        if stopped:
+            print(f"stopped; to continue: python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}", file=sys.stderr)
+            sys.exit(128 + signals[0])
 
     for output in (bar, csv_file, writer):
         output.close()
-
-    def stop(signum: int, frame=None) -> None:
-        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-        print(f"stopped; to continue: {command}", file=sys.stderr)
-        sys.exit(128 + signum)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
-    if signals:
-        stop(signals[0])
-
-    # Evaluate on mpe2, beside a team that plays at random; draw.
-    eval_generator = torch.Generator(device).manual_seed(args.seed)
-
-    def policy(obs: torch.Tensor) -> torch.Tensor:
-        return agent.act(obs.to(device), eval_generator)[0]
-
-    summary = {}
-    for name, player in (("eval", policy), ("random", None)):
-        figures, _ = evaluate(make_pettingzoo(**env_options(args)), player, args.eval_episodes, args.seed)
-        summary |= {f"{name}/{key}": value for key, value in figures.items()}
-    summary |= {"global_step": global_step, "wall_time": wall_time}
-    replace_file(run_dir / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
-
-    panels = {"charts/episodic_return": "team return"}
-    if decomposer is not None:
-        panels["decomposer/reward_correlation"] = "when: correlation of credits\nwith the true reward"
-        if true_credits is not None:
-            panels["decomposer/shapley_correlation"] = "who: correlation of credits\nwith exact Shapley values"
-    draw_learning_curve(run_dir, panels)
-
-    frames: list[np.ndarray] = []
-    truth, touches = [], []
-    twin = make(num_envs=1, dtype=torch.float64, **env_options(args))  # the rules, for what mpe2 does not tell
-
-    def watch(env) -> None:
-        frames.append(env.render())
-        copy_state(env.unwrapped.world, twin)
-        touches.append(twin.touching()[0])
-        if args.credit in ("shapley", "difference"):
-            truth.append(true_credits(twin).float())
-
-    picture_env = make_pettingzoo(**env_options(args), render_mode="rgb_array")
-    played = play_episode(picture_env, policy, args.seed, watch)
-    obs, act, team_reward, valid = (played[name].to(device) for name in ("obs", "act", "team_reward", "valid"))
-    if args.credit in ("shapley", "difference"):
-        credits = torch.stack(truth[1:], dim=1)
-    else:
-        credits = decompose(args, decomposer, obs, act, team_reward, valid, eval_generator)
-        credits = conserve(credits, team_reward.sum(dim=1), valid, args.conserve)
-    marks = [(t, i, "o") for t, i in torch.stack(touches[1:]).nonzero().tolist()]
-    setting = f"credit={args.credit}" + (f", conserve={args.conserve}" if decomposer is not None else "")
-    touched = {"spread": "another agent", "tag": "prey", "push": "the ball"}[args.scenario]
-    title = f"{args.scenario}, one episode after training ({setting}); o: touches {touched}"
-    names = picture_env.possible_agents
-    draw_credits(run_dir / "credit.png", credits[0].cpu().numpy(), team_reward[0].cpu().numpy(), names, title, marks)
-    save_gif(run_dir / "episode.gif", frames, picture_env.metadata["render_fps"])
-    own, chance = summary["eval/episodic_return"], summary["random/episodic_return"]
-    report = f"team return on mpe2 {own:.2f} (random team {chance:.2f}) over {args.eval_episodes} episodes"
-    print(f"{report}; see {run_dir}")
+    run_folder.release_signals()
+    print(evaluate_run(run_dir))

@@ -19,13 +19,18 @@ The protocol, complete (E episodes, N agents, O observation features, A action d
 
 Rules that every environment keeps:
 
-* All episodes start together at `reset`. `seed=None` continues the environment's own generator, `env.generator`. Since
-  an iteration is one whole episode per environment, that generator is all a checkpoint needs of an environment.
+* All episodes start together at `reset`. `seed=None` continues the environment's own generator, `env.generator`. The
+  scripts give every iteration, which is one whole episode per environment, a seed of its own; so a checkpoint needs
+  nothing of an environment.
 * `team_reward` is one number per episode and step: the mean of the learning agents' rewards.
 * `terminated` is sticky: True from the terminating step until the next reset. From then on the episode is frozen: its
   state and observation stay as they are, and it earns 0. Step t is valid if the episode had not terminated before it.
 * The horizon is part of the task: nothing is worth anything after it. Stepping past it raises RuntimeError.
 * State is kept in plain tensors that anyone may read or set; call `observe` afterwards.
+
+* Optional: `env.oracles()`, what learners must not see of the current state, by name, (E, N) each. A name that is a
+  choice of --credit is an oracle credit; `event` (int64) marks cells in credit.png by `env.event_names`, a dictionary
+  of texts, which `env.legend` explains. The ParallelEnv for the evaluation may have the same three.
 
 A roll-out of whole episodes is then
 

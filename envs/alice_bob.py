@@ -100,6 +100,8 @@ class AliceBob:
     """
 
     num_agents, obs_dim, num_actions, continuous, horizon = 2, OBS_DIM, len(MOVES), False, HORIZON
+    event_names = {BUMP: "bump", PICK_UP: "key", PICK_UP + 1: "key", PAID: "$"}  # marks in pictures of the credits
+    legend = ""
 
     def __init__(self, num_envs: int, device: str | torch.device = "cpu"):
         if num_envs < 1:
@@ -172,6 +174,10 @@ class AliceBob:
         obs[..., EVENT] = self.event
         return obs
 
+    def oracles(self) -> dict[str, torch.Tensor]:
+        """event (E, 2) int64: what each agent did in the last step, by `event_names`."""
+        return {"event": self.event.long()}
+
     def _cell(self) -> torch.Tensor:
         return SIZE * self.agent_pos[..., 0] + self.agent_pos[..., 1]  # (E, 2)
 
@@ -199,11 +205,15 @@ class AliceBobParallelEnv(ParallelEnv):
         self.agents = []
         self.render_mode = render_mode
         self.env = AliceBob(num_envs=1)
+        self.event_names, self.legend = self.env.event_names, self.env.legend
         self.window = None
         limit = float(SIZE - 1)
         names = self.possible_agents
         self.observation_spaces = {name: gymnasium.spaces.Box(-limit, limit, (OBS_DIM,), np.float32) for name in names}
         self.action_spaces = {name: gymnasium.spaces.Discrete(len(MOVES)) for name in names}
+
+    def oracles(self) -> dict[str, torch.Tensor]:
+        return self.env.oracles()
 
     def observation_space(self, agent: str) -> gymnasium.spaces.Box:
         return self.observation_spaces[agent]
@@ -219,6 +229,11 @@ class AliceBobParallelEnv(ParallelEnv):
         return dict(zip(self.agents, obs[0].numpy())), {agent: {} for agent in self.agents}
 
     def step(self, actions: dict[str, int]) -> tuple[dict, dict, dict, dict, dict]:
+        if not self.agents:
+            raise RuntimeError("no episode is running: call reset()")
+        known = set(actions) == set(self.agents)
+        if not known or not all(self.action_spaces[agent].contains(act) for agent, act in actions.items()):
+            raise ValueError(f"actions must be one of 0 to 3 for each of {self.agents}, got {actions}")
         act = torch.tensor([[int(actions[agent]) for agent in self.possible_agents]])
         obs, team_reward, terminated = self.env.step(act)
         terminated = bool(terminated)

@@ -2,7 +2,7 @@
 
 `SimpleSpread` and `SimpleTag` are mpe2 1.1.1's simple_spread_v3 and simple_tag_v3 (https://github.com/Farama-Foundation/MPE2);
 `CooperativePush` has the dynamics of mpe2's world and a scenario of our own, because mpe2 has none of the kind. `make`
-builds one of them by name, `make_pettingzoo` the same game on mpe2 itself, as a PettingZoo ParallelEnv.
+builds one of them by name; `make_pettingzoo` the same game on mpe2 itself, which only `envs/mpe_pettingzoo.py` imports.
 
 Axes: episode E, agent N, landmark L, prey P, body B (whatever moves or collides; the first K move), 2 coordinates.
 The dynamics (of mpe2's core.py): a step lasts 0.1; positions move with the old velocity; velocities lose a quarter and
@@ -12,18 +12,8 @@ gain force per mass; then speed limits bind. Bodies in contact repel each other 
 import math
 from itertools import combinations
 
-import mpe2.simple_spread_v3
-import mpe2.simple_tag_v3
-import numpy as np
 import torch
 import torch.nn.functional as F
-from gymnasium.utils import EzPickle
-from mpe2._mpe_utils.core import Agent, Landmark, World
-from mpe2._mpe_utils.partial_observability import padded_relative_positions
-from mpe2._mpe_utils.scenario import BaseScenario
-from mpe2._mpe_utils.simple_env import SimpleEnv, make_env
-from pettingzoo import ParallelEnv
-from pettingzoo.utils.conversions import parallel_wrapper_fn
 
 HORIZON = 25
 DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3
@@ -92,14 +82,18 @@ class ParticleEnv:
     Args:
         num_envs: E. num_agents: N, the learning agents.
         dtype: of the state, the observations and the rewards.
-        continuous_actions: False: act (E, N) int64 in 0..4, none, left, right, down, up. True: act (E, N, 5) in [0, 1],
-            the strengths of the five; what lies outside is clipped.
+        continuous_actions: False: actions 0..4 are none, left, right, down, up. True: the strengths of the five, in
+            [0, 1]; what lies outside is clipped.
         num_agent_neighbors: how many other agents an agent sees, nearest first (None: all, in order).
         num_landmark_neighbors: the same for landmarks.
     State: agent_pos, agent_vel (E, N, 2), landmark_pos (E, L, 2); further bodies as the scenario says.
+
+    A scenario adds `build`, which sets `physics`, `reset_state`, `advance(force)` with what drives the agents
+    (E, N, 2), `observe`, `team_reward` (E,) and `touching` (E, N): how many bodies that matter each agent touches.
     """
 
     horizon, num_actions = HORIZON, len(MOVES)
+    event_names = {1: "o"}  # marks in pictures of the credits
     accel = 5.0  # force of an action
 
     def __init__(
@@ -112,10 +106,6 @@ class ParticleEnv:
         num_agent_neighbors: int | None = None,
         num_landmark_neighbors: int | None = None,
     ):
-        options = {"num_agent_neighbors": num_agent_neighbors, "num_landmark_neighbors": num_landmark_neighbors}
-        for name, value in {"num_envs": num_envs, "num_agents": num_agents, **options}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.num_envs, self.num_agents, self.continuous = num_envs, num_agents, continuous_actions
         self.num_agent_neighbors, self.num_landmark_neighbors = num_agent_neighbors, num_landmark_neighbors
         self.device, self.dtype = torch.device(device), dtype
@@ -126,51 +116,20 @@ class ParticleEnv:
         self.reset()
         self.obs_dim = self.observe().shape[2]
 
-    def build(self) -> None:
-        """Set up `self.physics`."""
-        raise NotImplementedError
-
-    def reset_state(self) -> None:
-        """Draw the scenario's state."""
-        raise NotImplementedError
-
-    def advance(self, force: torch.Tensor) -> None:
-        """Move all bodies, given what drives the agents, (E, N, 2)."""
-        raise NotImplementedError
-
-    def observe(self) -> torch.Tensor:
-        """Observation of the current state, (E, N, obs_dim)."""
-        raise NotImplementedError
-
-    def team_reward(self) -> torch.Tensor:
-        """Mean of the agents' rewards in the current state, (E,)."""
-        raise NotImplementedError
-
-    def touching(self) -> torch.Tensor:
-        """How many bodies that matter to the reward every agent touches, (E, N)."""
-        raise NotImplementedError
-
     def reset(self, seed: int | None = None) -> torch.Tensor:
         """Start all episodes anew. Returns obs (E, N, obs_dim)."""
         if seed is not None:
             self.generator.manual_seed(seed)
         self.t = 0
-        self.terminated = torch.zeros(
-            self.num_envs, dtype=torch.bool, device=self.device
-        )  # only the horizon ends these
+        self.terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # never, before the horizon
         self.agent_pos, self.agent_vel = self.uniform(self.num_agents, 1.0), self.still(self.num_agents)
         self.reset_state()
         return self.observe()
 
     def step(self, act: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Advance every episode by one joint action.
+        """act (E, N) int64, or (E, N, 5) if continuous -> obs (E, N, obs_dim), team_reward (E,), terminated (E,).
 
-        Args:
-            act: (E, N) int64 in 0..4, or (E, N, 5) in [0, 1] with continuous actions.
-        Returns:
-            obs (E, N, obs_dim), team_reward (E,), terminated (E,).
-        Raises:
-            RuntimeError: at the horizon. ValueError: for actions of another shape.
+        Raises RuntimeError at the horizon, and ValueError for actions of another shape.
         """
         if self.t >= self.horizon:
             raise RuntimeError(f"the episode is over after {self.horizon} steps: call reset()")
@@ -184,6 +143,10 @@ class ParticleEnv:
             direction = self.moves[act]
         self.advance(self.accel * direction)
         return self.observe(), self.team_reward(), self.terminated.clone()
+
+    def oracles(self) -> dict[str, torch.Tensor]:
+        """What learners must not see, of the current state: event (E, N) int64, by `event_names`."""
+        return {"event": (self.touching() > 0).long()}
 
     def uniform(self, count: int, limit: float) -> torch.Tensor:
         """Points drawn uniformly from [-limit, limit]^2: (E, count, 2)"""
@@ -214,6 +177,7 @@ class SimpleSpread(ParticleEnv):
 
     local_ratio = 0.5
     size = 0.15
+    legend = "o: touches another agent"
     far = 2 * math.sqrt(2)  # distance of every landmark when no agent counts: the diagonal of the arena
 
     def build(self) -> None:
@@ -230,14 +194,8 @@ class SimpleSpread(ParticleEnv):
         pos = self.agent_pos.unsqueeze(2)
         landmarks, _ = nearest(self.landmark_pos.unsqueeze(1) - pos, self.num_landmark_neighbors)
         others, _ = nearest(self.others(self.agent_pos) - pos, self.num_agent_neighbors)
-        parts = (
-            self.agent_vel,
-            self.agent_pos,
-            landmarks.flatten(2),
-            others.flatten(2),
-            torch.zeros_like(others.flatten(2)),
-        )
-        return torch.cat(parts, dim=2)
+        landmarks, others = landmarks.flatten(2), others.flatten(2)
+        return torch.cat((self.agent_vel, self.agent_pos, landmarks, others, torch.zeros_like(others)), dim=2)
 
     def touching(self) -> torch.Tensor:
         """How many other agents every agent touches, (E, N)."""
@@ -246,6 +204,10 @@ class SimpleSpread(ParticleEnv):
     def team_reward(self) -> torch.Tensor:
         coverage = -distances(self.agent_pos, self.landmark_pos).amin(dim=1).sum(dim=1)
         return (1 - self.local_ratio) * coverage - self.local_ratio * self.touching().mean(dim=1)
+
+    def oracles(self) -> dict[str, torch.Tensor]:
+        """Also the credits shapley and difference, (E, N)."""
+        return super().oracles() | {"shapley": self.shapley_reward(), "difference": self.difference_reward()}
 
     def shapley_reward(self) -> torch.Tensor:
         """Exact Shapley value of the team reward in the current state, (E, N); sums to v(all) - v(none).
@@ -289,25 +251,15 @@ class SimpleTag(ParticleEnv):
     """
 
     accel, max_speed, size = 3.0, 1.0, 0.075
+    legend = "o: touches prey"
     prey_accel, prey_max_speed, prey_size = 4.0, 1.3, 0.05
     obstacle_size = 0.2
 
-    def __init__(
-        self,
-        num_envs: int,
-        num_agents: int,
-        *args,
-        num_prey: int | None = None,
-        num_obstacles: int | None = None,
-        **kwargs,
-    ):
-        self.num_prey = max(1, num_agents // 3) if num_prey is None else num_prey
-        self.num_obstacles = 2 if num_agents <= 3 else 3 if num_agents <= 6 else 5
-        if num_obstacles is not None:
-            self.num_obstacles = num_obstacles
-        if self.num_prey < 1 or self.num_obstacles < 0:
-            raise ValueError(f"tag needs prey and no negative number of obstacles, got {num_prey} and {num_obstacles}")
-        super().__init__(num_envs, num_agents, *args, **kwargs)
+    def __init__(self, num_envs: int, num_agents: int, *args, num_prey=None, num_obstacles=None, **options):
+        self.num_prey, self.num_obstacles = num_prey or max(1, num_agents // 3), num_obstacles
+        if num_obstacles is None:
+            self.num_obstacles = 2 if num_agents <= 3 else 3 if num_agents <= 6 else 5
+        super().__init__(num_envs, num_agents, *args, **options)
 
     def build(self) -> None:
         N, P, L = self.num_agents, self.num_prey, self.num_obstacles
@@ -356,9 +308,8 @@ class SimpleTag(ParticleEnv):
             vel = self.prey_vel.unsqueeze(1).expand(E, N, P, 2)
         else:
             vel = torch.cat((self.still(N - 1), self.prey_vel), dim=1).unsqueeze(1).expand(E, N, -1, 2)
-            vel = F.pad(
-                vel.gather(2, order.unsqueeze(3).expand(-1, -1, -1, 2)), (0, 0, 0, others.shape[2] - order.shape[2])
-            )
+            vel = vel.gather(2, order.unsqueeze(3).expand(-1, -1, -1, 2))
+            vel = F.pad(vel, (0, 0, 0, others.shape[2] - order.shape[2]))
         parts = (self.agent_vel, self.agent_pos, landmarks.flatten(2), others.flatten(2), vel.flatten(2))
         return torch.cat(parts, dim=2)
 
@@ -373,12 +324,6 @@ class SimpleTag(ParticleEnv):
     def team_reward(self) -> torch.Tensor:
         return 10 * self.touching().sum(dim=1)
 
-    def prey_reward(self) -> torch.Tensor:
-        """mpe2's rewards of the prey, (E, P): -10 for every touch, and less for leaving the arena."""
-        x = self.prey_pos.abs()
-        beyond = torch.where(x < 1, (10 * (x - 0.9)).clamp(min=0), (2 * x - 2).exp().clamp(max=10))
-        return -10 * self.contacts().sum(dim=1).to(self.dtype) - beyond.sum(dim=2)
-
 
 class CooperativePush(ParticleEnv):
     """Cooperative push: N agents push a heavy ball onto a target. Not in mpe2; `PushScenario` is the same game on it.
@@ -389,12 +334,11 @@ class CooperativePush(ParticleEnv):
     """
 
     size, ball_size, target_size, ball_mass = 0.06, 0.1, 0.05, 2.0
+    legend = "o: touches the ball"
     reach, least_distance = 0.8, 0.8  # ball and target start in [-reach, reach]^2, at least this far apart
 
     def build(self) -> None:
         N = self.num_agents
-        if self.num_landmark_neighbors is not None:
-            raise ValueError("push has no num_landmark_neighbors: agents always see the ball and the target")
         size, mass = [self.size] * N + [self.ball_size], [1.0] * N + [self.ball_mass]
         self.physics = Physics(size, mass, [math.inf] * (N + 1), self.device, self.dtype)
 
@@ -447,190 +391,30 @@ def make(
     """A batched environment by name: "spread", "tag" or "push". Only tag has num_prey and num_obstacles.
 
     None means the default: agents see everything, but for the 5 nearest agents and 6 nearest landmarks in spread with
-    15 agents (`default_neighbors`); prey and obstacles as `SimpleTag` says.
+    15 agents, the paper's setting; prey and obstacles as `SimpleTag` says.
     Raises:
         ValueError: for an unknown scenario, or an option the scenario does not have or cannot take.
     """
     if scenario not in SCENARIOS:
-        raise ValueError(f"scenario must be one of {', '.join(SCENARIOS)}, got {scenario!r}")
-    neighbors = default_neighbors(scenario, num_agents, num_agent_neighbors, num_landmark_neighbors)
-    tag_only = {"num_prey": num_prey, "num_obstacles": num_obstacles}
-    if scenario != "tag":
-        for name, value in tag_only.items():
-            if value is not None:
-                raise ValueError(f"{name} is an option of tag, got {value} for {scenario}")
-        tag_only = {}
-    return SCENARIOS[scenario](num_envs, num_agents, device, dtype, continuous_actions, *neighbors, **tag_only)
-
-
-def default_neighbors(
-    scenario: str, num_agents: int, agents: int | None, landmarks: int | None
-) -> tuple[int | None, int | None]:
-    """num_agent_neighbors and num_landmark_neighbors with None replaced by the paper's setting, where it has one."""
+        raise ValueError(f"scenario {scenario}: must be one of {', '.join(SCENARIOS)}")
     if (scenario, num_agents) == ("spread", 15):
-        return 5 if agents is None else agents, 6 if landmarks is None else landmarks
-    return agents, landmarks
+        num_agent_neighbors = 5 if num_agent_neighbors is None else num_agent_neighbors
+        num_landmark_neighbors = 6 if num_landmark_neighbors is None else num_landmark_neighbors
+    sizes = {"num_envs": num_envs, "num_agents": num_agents}
+    options = {"num_agent_neighbors": num_agent_neighbors, "num_landmark_neighbors": num_landmark_neighbors}
+    options |= {"num_prey": num_prey, "num_obstacles": num_obstacles}
+    options = {name: value for name, value in options.items() if value is not None}
+    absent = {"spread": ("num_prey", "num_obstacles"), "push": ("num_prey", "num_obstacles", "num_landmark_neighbors")}
+    for name, value in (sizes | options).items():
+        if name in absent.get(scenario, ()):
+            raise ValueError(f"{name} {value}: must be left out with scenario {scenario}")
+        if value < (name != "num_obstacles"):
+            raise ValueError(f"{name} {value}: must be at least {int(name != 'num_obstacles')}")
+    return SCENARIOS[scenario](num_envs, num_agents, device, dtype, continuous_actions, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The same games on mpe2
-# ---------------------------------------------------------------------------------------------------------------------
+def make_pettingzoo(*args, **options):
+    """The game of `make` on mpe2 itself, a PettingZoo ParallelEnv; see `envs.mpe_pettingzoo.make_pettingzoo`."""
+    from envs.mpe_pettingzoo import make_pettingzoo  # only here, as learning needs no mpe2
 
-
-class PushScenario(BaseScenario):
-    """`CooperativePush` on mpe2's world; its docstring gives the rules."""
-
-    def __init__(self, num_agent_neighbors: int | None = None):
-        self.num_agent_neighbors = num_agent_neighbors
-
-    def make_world(self, num_agents: int = 3) -> World:
-        world = World()
-        world.dim_c = 2
-        world.agents = [Agent() for _ in range(num_agents)]
-        for i, agent in enumerate(world.agents):
-            agent.name = f"agent_{i}"
-            agent.silent = True
-            agent.size = CooperativePush.size
-        ball, target = world.landmarks = [Landmark(), Landmark()]
-        ball.name, target.name = "ball", "target"
-        ball.size, ball.movable, ball.initial_mass = CooperativePush.ball_size, True, CooperativePush.ball_mass
-        target.size, target.collide = CooperativePush.target_size, False
-        return world
-
-    def reset_world(self, world: World, np_random: np.random.Generator) -> None:
-        ball, target = world.landmarks
-        for entity, color in [(ball, [0.85, 0.55, 0.15]), (target, [0.25, 0.85, 0.25])]:
-            entity.color = np.array(color)
-        for agent in world.agents:
-            agent.color = np.array([0.35, 0.35, 0.85])
-            agent.state.p_pos = np_random.uniform(-1, 1, world.dim_p)
-            agent.state.c = np.zeros(world.dim_c)
-        while True:
-            reach = CooperativePush.reach
-            ball.state.p_pos, target.state.p_pos = np_random.uniform(-reach, reach, (2, world.dim_p))
-            if np.linalg.norm(ball.state.p_pos - target.state.p_pos) >= CooperativePush.least_distance:
-                break
-        for entity in world.entities:
-            entity.state.p_vel = np.zeros(world.dim_p)
-
-    def reward(self, agent: Agent, world: World) -> float:
-        ball, target = world.landmarks
-        to_ball = [float(np.linalg.norm(other.state.p_pos - ball.state.p_pos)) for other in world.agents]
-        to_target = float(np.linalg.norm(ball.state.p_pos - target.state.p_pos))
-        touching = sum(d < agent.size + ball.size for d in to_ball)
-        return -2 * to_target - 0.1 * min(to_ball) + 0.1 * touching
-
-    def observation(self, agent: Agent, world: World) -> np.ndarray:
-        others = [other for other in world.agents if other is not agent]
-        offsets = [entity.state.p_pos - agent.state.p_pos for entity in world.landmarks]
-        offsets += padded_relative_positions(agent, others, self.num_agent_neighbors)
-        return np.concatenate([agent.state.p_vel, agent.state.p_pos, *offsets])
-
-
-class raw_env(SimpleEnv, EzPickle):
-    """Cooperative push as an AEC environment, made as mpe2 makes its own."""
-
-    def __init__(
-        self,
-        num_agents: int = 3,
-        max_cycles: int = HORIZON,
-        continuous_actions: bool = False,
-        render_mode: str | None = None,
-        num_agent_neighbors: int | None = None,
-    ):
-        EzPickle.__init__(self, num_agents, max_cycles, continuous_actions, render_mode, num_agent_neighbors)
-        scenario = PushScenario(num_agent_neighbors)
-        super().__init__(scenario, scenario.make_world(num_agents), max_cycles, render_mode, continuous_actions)
-        self.metadata = {**self.metadata, "name": "cooperative_push_v0"}
-
-
-push_parallel_env = parallel_wrapper_fn(make_env(raw_env))
-
-
-def copy_state(world: World, env: ParticleEnv) -> torch.Tensor:
-    """Put the batched environment `env`, with one episode, into the state of a world of mpe2; return `observe()`."""
-
-    def read(entities: list, name: str) -> torch.Tensor:
-        values = np.array([getattr(entity.state, name) for entity in entities]).reshape(1, len(entities), 2)
-        return torch.as_tensor(values, dtype=env.dtype, device=env.device)
-
-    agents, landmarks = world.agents, world.landmarks
-    if isinstance(env, SimpleTag):
-        agents, prey = agents[: env.num_agents], agents[env.num_agents :]
-        env.prey_pos, env.prey_vel = read(prey, "p_pos"), read(prey, "p_vel")
-    if isinstance(env, CooperativePush):
-        balls, landmarks = landmarks[:1], landmarks[1:]
-        env.ball_pos, env.ball_vel = read(balls, "p_pos"), read(balls, "p_vel")
-    env.agent_pos, env.agent_vel = read(agents, "p_pos"), read(agents, "p_vel")
-    env.landmark_pos = read(landmarks, "p_pos")
-    return env.observe()
-
-
-class Predators(ParallelEnv):
-    """mpe2's simple_tag_v3 with the predators as its agents; the prey follow `SimpleTag.prey_policy`."""
-
-    def __init__(self, env: ParallelEnv, rules: SimpleTag):
-        self.env, self.rules = env, rules
-        self.metadata, self.render_mode = env.metadata, env.render_mode
-        self.possible_agents = env.possible_agents[: rules.num_agents]
-        self.prey = env.possible_agents[rules.num_agents :]
-        self.agents = []
-
-    def observation_space(self, agent: str):
-        return self.env.observation_space(agent)
-
-    def action_space(self, agent: str):
-        return self.env.action_space(agent)
-
-    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        results = self.env.reset(seed=seed, options=options)
-        self.agents = list(self.possible_agents)
-        return tuple(self.of_predators(result) for result in results)
-
-    def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
-        copy_state(self.unwrapped.world, self.rules)
-        moves = self.rules.prey_policy()[0].tolist()
-        if self.rules.continuous:
-            moves = np.eye(len(MOVES), dtype=np.float32)[moves]  # all strength into one move
-        results = self.env.step(actions | dict(zip(self.prey, moves)))
-        results = tuple(self.of_predators(result) for result in results)
-        self.agents = [agent for agent in self.agents if agent in self.env.agents]
-        return results
-
-    def of_predators(self, values: dict) -> dict:
-        return {agent: values[agent] for agent in self.agents}
-
-    @property
-    def unwrapped(self):
-        return self.env.unwrapped
-
-    def render(self):
-        return self.env.render()
-
-    def close(self) -> None:
-        self.env.close()
-
-
-def make_pettingzoo(
-    scenario: str,
-    num_agents: int,
-    continuous_actions: bool = False,
-    num_agent_neighbors: int | None = None,
-    num_landmark_neighbors: int | None = None,
-    num_prey: int | None = None,
-    num_obstacles: int | None = None,
-    render_mode: str | None = None,
-) -> ParallelEnv:
-    """The game of `make` with the same options, on mpe2: a PettingZoo ParallelEnv of the learning agents only."""
-    agents, landmarks = default_neighbors(scenario, num_agents, num_agent_neighbors, num_landmark_neighbors)
-    flags = {"continuous_actions": continuous_actions, "render_mode": render_mode}
-    flags |= {"max_cycles": HORIZON, "num_agent_neighbors": agents}
-    # The rules of the batched game, which check the options too.
-    options = (continuous_actions, agents, landmarks, num_prey, num_obstacles)
-    rules = make(scenario, 1, num_agents, "cpu", torch.float64, *options)
-    if scenario == "spread":
-        return mpe2.simple_spread_v3.parallel_env(N=num_agents, num_landmark_neighbors=landmarks, **flags)
-    if scenario == "push":
-        return push_parallel_env(num_agents=num_agents, **flags)
-    numbers = {"num_adversaries": num_agents, "num_good": rules.num_prey, "num_obstacles": rules.num_obstacles}
-    return Predators(mpe2.simple_tag_v3.parallel_env(**numbers, num_landmark_neighbors=landmarks, **flags), rules)
+    return make_pettingzoo(*args, **options)

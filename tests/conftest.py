@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)  # on tensors as small as here a second thread only costs
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,7 @@ def run_script(monkeypatch, capsys, tmp_path, request):
         script = script or request.getfixturevalue("script")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *flags.split()])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # as it was, after the test
         threads, handlers = torch.get_num_threads(), [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -58,6 +60,8 @@ def run_script(monkeypatch, capsys, tmp_path, request):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs draw nothing, to save time where nobody looks at the pictures."""
-    monkeypatch.setattr("envs.alice_bob.draw", lambda *state: np.zeros((9, 9, 3), np.uint8))
-    monkeypatch.setattr("mpe2._mpe_utils.simple_env.SimpleEnv.render", lambda env: np.zeros((9, 9, 3), np.uint8))
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
+    dot = np.zeros((9, 9, 3), np.uint8)
+    for draw in ("envs.alice_bob.draw", "envs.mpe_pettingzoo.draw"):
+        monkeypatch.setattr(draw, lambda *state: dot)
+    savefig = "matplotlib.figure.Figure.savefig"
+    monkeypatch.setattr(savefig, lambda figure, path, **options: Image.fromarray(dot).save(path, format="png"))

@@ -328,6 +328,24 @@ def test_pettingzoo_render_in_every_mode():
         parallel_env("ascii")
 
 
+def test_misuse_of_the_pettingzoo_environment():
+    env = parallel_env()
+    stay = {"alice": UP, "bob": UP}
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(stay)
+    for actions in ({"alice": 0}, stay | {"carol": 0}, stay | {"bob": 4}, stay | {"bob": -1}, stay | {"bob": np.nan}):
+        env.reset()
+        with pytest.raises(ValueError, match="actions must be"):
+            env.step(actions)
+    env.reset()
+    while env.agents:
+        env.step(stay)
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(stay)
+    env.close()
+    env.close()
+
+
 def test_pettingzoo_is_the_batched_game():
     act = guided_actions(20, torch.Generator().manual_seed(2))
     ends = set()

@@ -12,14 +12,12 @@ from stas_ippo_alicebob import (
     Decomposer,
     ReplayBuffer,
     ShapleyAttention,
-    causal_attention,
+    TemporalLayer,
     centred_correlation,
     conserve,
     decompose,
-    distribute_return,
     explained_variance,
     sample_coalitions,
-    shapley_weights,
 )
 from stas_ml_ippo_mpe import MLDecomposer
 
@@ -91,12 +89,11 @@ def test_samplers_agree_with_brute_force(num_agents):
         limit = {"bernoulli": brute_force(block, x, "banzhaf"), "permutation": brute_force(block, x, "shapley")}
         assert torch.allclose(limit["permutation"], brute_force(block, x, "orders"))
         assert (limit["bernoulli"] - limit["permutation"]).abs().max() > 0.02  # the two can be told apart
-        masks = sample_coalitions("exact", 1, 1, num_agents)
-        exact = block(x.unsqueeze(0), masks, shapley_weights(num_agents))[0]
+        exact = block(x.unsqueeze(0), *sample_coalitions("exact", 1, 1, num_agents))[0]
         assert torch.allclose(exact, limit["permutation"], atol=1e-7)
         for kind in limit:
-            masks = sample_coalitions(kind, 1, 40_000, num_agents, torch.Generator().manual_seed(0))
-            draws = block(x.expand(40_000, -1, -1), masks)
+            torch.manual_seed(0)
+            draws = block(x.expand(40_000, -1, -1), *sample_coalitions(kind, 1, 40_000, num_agents))
             error = (draws.mean(0) - limit[kind]).abs() / (draws.std(0) / math.sqrt(len(draws)) + 1e-12)
             assert error.max() < 4
             other = limit["permutation" if kind == "bernoulli" else "bernoulli"]
@@ -111,16 +108,17 @@ def test_error_falls_like_one_over_root_of_the_pairs(kind):
         limit = brute_force(block, x, "banzhaf" if kind == "bernoulli" else "shapley")
         errors = []
         for m in (2, 8, 32, 128):
-            masks = sample_coalitions(kind, m, 2000, 4, torch.Generator().manual_seed(m))
-            errors.append((block(x.expand(2000, -1, -1), masks) - limit).square().mean().sqrt().item())
+            torch.manual_seed(m)
+            phi = block(x.expand(2000, -1, -1), *sample_coalitions(kind, m, 2000, 4))
+            errors.append((phi - limit).square().mean().sqrt().item())
     slope = math.log(errors[-1] / errors[0]) / math.log(64)
     assert slope == pytest.approx(-0.5, abs=0.03)
 
 
 @pytest.mark.parametrize("num_agents", [1, 2, 3, 5])
 def test_exact_enumerates_every_coalition_once_with_shapleys_weights(num_agents):
-    masks, weights = sample_coalitions("exact", 1, 2, num_agents), shapley_weights(num_agents)
-    assert masks.shape == (2 ** (num_agents - 1), 2, num_agents, num_agents) and masks.dtype == torch.bool
+    masks, weights = sample_coalitions("exact", 1, 2, num_agents)
+    assert masks.shape == (2 ** (num_agents - 1), 1, num_agents, num_agents) and masks.dtype == torch.bool
     assert weights.sum().item() == pytest.approx(1)
     for i in range(num_agents):
         found = {frozenset(mask.nonzero().flatten().tolist()) for mask in masks[:, 0, i]}
@@ -133,17 +131,22 @@ def test_exact_enumerates_every_coalition_once_with_shapleys_weights(num_agents)
 
 @pytest.mark.parametrize("kind", ["bernoulli", "permutation"])
 def test_draws_differ_between_steps_and_samples_and_are_seeded(kind):
-    masks = sample_coalitions(kind, 5, 200, 4, torch.Generator().manual_seed(0))
+    def draw(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        masks, weights = sample_coalitions(kind, 5, 200, 4)
+        assert torch.equal(weights, torch.full((5,), 0.2))
+        return masks
+
+    masks = draw(0)
     assert masks.shape == (5, 200, 4, 4) and masks.dtype == torch.bool
     assert masks.diagonal(dim1=-2, dim2=-1).all()
     assert len(masks.flatten(0, 1).flatten(1).unique(dim=0)) > 20
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[:, 0], masks[:, 1])
-    assert torch.equal(masks, sample_coalitions(kind, 5, 200, 4, torch.Generator().manual_seed(0)))
-    assert not torch.equal(masks, sample_coalitions(kind, 5, 200, 4, torch.Generator().manual_seed(1)))
+    assert torch.equal(masks, draw(0)) and not torch.equal(masks, draw(1))
 
 
 def test_permutations_are_orders():
-    masks = sample_coalitions("permutation", 3, 50, 4, torch.Generator().manual_seed(0))
+    masks, _ = sample_coalitions("permutation", 3, 50, 4)
     sizes = masks.sum(dim=-1).sort(dim=-1).values
     assert (sizes == torch.tensor([1, 2, 3, 4])).all()  # someone comes first, someone second, ...
     pairs = masks.transpose(-2, -1) ^ masks
@@ -152,15 +155,13 @@ def test_permutations_are_orders():
 
 @pytest.mark.parametrize("kind", ["bernoulli", "permutation"])
 def test_coalitions_come_in_complementary_pairs(kind):
-    generator = torch.Generator().manual_seed(0)
     for m in (1, 2, 5, 8):
-        masks = sample_coalitions(kind, m, 50, 4, generator)
+        masks, _ = sample_coalitions(kind, m, 50, 4)
         assert masks.shape == (m, 50, 4, 4)
         pairs = (m + 1) // 2
         first, second = masks[: m - pairs], masks[pairs:]
-        assert (first ^ second)[
-            ..., ~torch.eye(4, dtype=torch.bool)
-        ].all()  # everyone else is in exactly one of the two
+        others = ~torch.eye(4, dtype=torch.bool)
+        assert (first ^ second)[..., others].all()  # everyone else is in exactly one of the two
         for a, b in itertools.combinations(range(pairs), 2):
             assert not torch.equal(masks[a], masks[b])
 
@@ -169,54 +170,63 @@ def test_coalitions_come_in_complementary_pairs(kind):
 def test_pairs_err_less_than_independent_draws(kind, limit):
     """And not by drawing something else: their mean is as right as that of single draws."""
     block, x = make_block(4), torch.randn(4, D, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         limit, many = brute_force(block, x, limit), x.expand(20_000, -1, -1)
-        single = torch.cat([sample_coalitions(kind, 1, 20_000, 4, generator) for _ in range(2)])
-        pairs = block(many, sample_coalitions(kind, 2, 20_000, 4, generator))
+        single = torch.cat([sample_coalitions(kind, 1, 20_000, 4)[0] for _ in range(2)])
+        masks, weights = sample_coalitions(kind, 2, 20_000, 4)
+        pairs = block(many, masks, weights)
         error = (pairs.mean(0) - limit).abs() / (pairs.std(0) / math.sqrt(len(pairs)))
         assert error.max() < 4
-        noise = [(draws - limit).square().mean().sqrt() for draws in (pairs, block(many, single))]
+        noise = [(draws - limit).square().mean().sqrt() for draws in (pairs, block(many, single, weights))]
         assert noise[0] < 0.8 * noise[1]
 
 
 def test_unknown_coalition():
     with pytest.raises(ValueError, match="coalition"):
-        sample_coalitions("all", 1, 1, 3)
+        sample_coalitions("everyone", 1, 1, 3)
+
+
+def test_all_is_plain_attention():
+    """Everyone always: torch's own attention over the agents, with no mask at all."""
+    block, x = make_block(4), torch.randn(6, 4, D, dtype=torch.float64)
+    tokens = x + block.identity
+    query = torch.stack([tokens[:, i] @ block.query[i] for i in range(4)], dim=1)
+    heads = (y.view(6, 4, H, D // H).transpose(1, 2) for y in (query, *block.key_value(tokens).chunk(2, dim=-1)))
+    expected = block.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(6, 4, D))
+    assert torch.allclose(block(x, *sample_coalitions("all", 7, 6, 4)), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_averaging_probabilities_equals_averaging_full_attention(weighted):
     M, B, N = 6, 10, 4
     block, x = make_block(N), torch.randn(B, N, D, dtype=torch.float64)
-    masks = sample_coalitions("bernoulli", M, B, N, torch.Generator().manual_seed(0))
-    weights = torch.rand(M, N, dtype=torch.float64) if weighted else None
+    masks, weights = sample_coalitions("bernoulli", M, B, N)
+    if weighted:
+        weights = torch.rand(M, dtype=torch.float64).softmax(0)
     fast = block(x, masks, weights)
     for b in range(B):
         for i in range(N):
             outputs = [
                 attention_by_definition(block, x[b], i, masks[m, b, i].nonzero().flatten().tolist()) for m in range(M)
             ]
-            share = weights[:, i] if weighted else torch.full((M,), 1 / M, dtype=torch.float64)
-            # The output projection has a bias, so weights that do not sum to 1 scale all but the bias.
-            expected = sum(w * (out - block.proj.bias) for w, out in zip(share, outputs)) + block.proj.bias
-            assert torch.allclose(fast[b, i], expected, atol=1e-10)
+            expected = sum(w * out for w, out in zip(weights.double(), outputs))
+            assert torch.allclose(fast[b, i], expected, atol=1e-6)
 
 
 def test_one_mask_for_the_whole_batch():
     block, x = make_block(3), torch.randn(5, 3, D, dtype=torch.float64)
-    masks = sample_coalitions("bernoulli", 4, 1, 3, torch.Generator().manual_seed(0))
-    assert torch.allclose(block(x, masks), block(x, masks.expand(-1, 5, -1, -1)), atol=1e-12)
+    masks, weights = sample_coalitions("bernoulli", 4, 1, 3)
+    assert torch.allclose(block(x, masks, weights), block(x, masks.expand(-1, 5, -1, -1), weights), atol=1e-12)
 
 
 def test_an_agent_masked_out_cannot_change_the_others():
     block, x = make_block(4), torch.randn(6, 4, D, dtype=torch.float64)
-    masks = sample_coalitions("bernoulli", 3, 6, 4, torch.Generator().manual_seed(0))
+    masks, weights = sample_coalitions("bernoulli", 3, 6, 4)
     masks[..., 2] = False
     masks[..., 2, 2] = True
     changed = x.clone()
     changed[:, 2] += 100 * torch.randn(6, D, dtype=torch.float64)
-    before, after = block(x, masks), block(changed, masks)
+    before, after = block(x, masks, weights), block(changed, masks, weights)
     others = [0, 1, 3]
     assert torch.equal(before[:, others], after[:, others])
     assert (before[:, 2] - after[:, 2]).abs().min() > 0
@@ -226,7 +236,7 @@ def test_large_scores_stay_finite():
     """An agent that dwarfs all others in attention leaves the coalitions without it well defined."""
     block = ShapleyAttention(D, H, 3)
     x = 1e4 * torch.randn(50, 3, D)
-    phi = block(x.requires_grad_(), sample_coalitions("bernoulli", 5, 50, 3))
+    phi = block(x.requires_grad_(), *sample_coalitions("bernoulli", 5, 50, 3))
     phi.sum().backward()
     assert phi.isfinite().all() and x.grad.isfinite().all() and block.query.grad.isfinite().all()
 
@@ -234,7 +244,7 @@ def test_large_scores_stay_finite():
 def test_queries_and_identities_tell_agents_apart():
     block, x = make_block(3), torch.randn(1, 1, D, dtype=torch.float64).expand(1, 3, D)
     alone = torch.eye(3, dtype=torch.bool).view(1, 1, 3, 3)
-    phi = block(x, alone)[0]
+    phi = block(x, alone, torch.ones(1))[0]
     assert not torch.allclose(phi[0], phi[1]) and not torch.allclose(phi[1], phi[2])
 
 
@@ -247,49 +257,61 @@ def kind(request) -> type:
     return request.param
 
 
-def make_decomposer(kind: type = Decomposer, seed: int = 0, **changes) -> Decomposer | MLDecomposer:
+def new_decomposer(kind: type = Decomposer, seed: int = 0, **flags) -> Decomposer | MLDecomposer:
     torch.manual_seed(seed)
-    sizes = dict(obs_dim=OBS, num_actions=A, num_agents=N, horizon=T, emb_dim=D, num_heads=H, num_layers=2)
-    decomposer = kind(**sizes | dict(mc_samples=3, coalition="bernoulli") | changes)
+    sizes = dict(obs_dim=OBS, num_actions=A, num_agents=N, horizon=T, continuous=False)
+    env = SimpleNamespace(**{name: flags.pop(name, value) for name, value in sizes.items()})
+    defaults = dict(emb_dim=D, num_heads=H, num_layers=2, mc_samples=3, coalition="bernoulli", attention_window=0)
+    return kind(SimpleNamespace(**defaults | {"credit": "stas"} | flags), env)
+
+
+def make_decomposer(*args, **flags) -> Decomposer | MLDecomposer:
+    decomposer = new_decomposer(*args, **flags)
     torch.nn.init.normal_(decomposer.head.weight)  # it starts at zero
     return decomposer
 
 
 def make_episodes(seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    obs = torch.randn(E, T, N, OBS, generator=generator)
-    act = torch.randint(A, (E, T, N), generator=generator)
+    draw = generator(seed)
+    obs = torch.randn(E, T, N, OBS, generator=draw)
+    act = torch.randint(A, (E, T, N), generator=draw)
     length = torch.tensor([7, 3, 1, 5, 7])
     return obs, act, torch.arange(T) < length.unsqueeze(1)
 
 
-def seeded(seed: int = 0) -> torch.Generator:
+def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("coalition", ["bernoulli", "permutation", "exact"])
-@pytest.mark.parametrize("spatial", [True, False])
-def test_no_credit_depends_on_later_steps(kind, coalition, spatial):
-    decomposer, (obs, act, _) = make_decomposer(kind, coalition=coalition, spatial=spatial), make_episodes()
+def seeded(decomposer, *episodes, seed: int = 0) -> torch.Tensor:
+    """The credits, with coalitions drawn from a fresh seed."""
+    torch.manual_seed(seed)
+    return decomposer(*episodes)
+
+
+@pytest.mark.parametrize("coalition", ["bernoulli", "permutation", "exact", "all"])
+@pytest.mark.parametrize("credit", ["stas", "temporal"])
+def test_no_credit_depends_on_later_steps(kind, coalition, credit):
+    decomposer, (obs, act, _) = make_decomposer(kind, coalition=coalition, credit=credit), make_episodes()
     valid = torch.ones(E, T, dtype=torch.bool)
-    before = decomposer(obs, act, valid, seeded())
+    before = seeded(decomposer, obs, act, valid)
     for t in range(T):
         obs2, act2 = obs.clone(), act.clone()
         obs2[:, t] += 1
         act2[:, t] = (act2[:, t] + 1) % A
-        after = decomposer(obs2, act2, valid, seeded())
+        after = seeded(decomposer, obs2, act2, valid)
         assert torch.allclose(before[:, :t], after[:, :t], atol=1e-6)
         assert ((before - after)[:, t:].abs().amax(dim=(0, 2)) > 1e-4).all()  # and all later steps see it
 
 
 def test_what_lies_after_the_end_changes_nothing(kind):
     decomposer, (obs, act, valid) = make_decomposer(kind), make_episodes()
-    before = decomposer(obs, act, valid, seeded())
+    before = seeded(decomposer, obs, act, valid)
     assert (before[~valid] == 0).all() and (before[valid] != 0).all()
     obs2, act2 = obs.clone(), act.clone()
     obs2[~valid] = 1e3
     act2[~valid] = 0
-    assert torch.allclose(before, decomposer(obs2, act2, valid, seeded()), atol=1e-6)
+    assert torch.allclose(before, seeded(decomposer, obs2, act2, valid), atol=1e-6)
 
 
 def test_a_batch_equals_single_episodes_of_their_own_length(kind):
@@ -304,7 +326,7 @@ def test_a_batch_equals_single_episodes_of_their_own_length(kind):
 
 
 def test_temporal_shares_equally_and_the_agents_are_alike(kind):
-    decomposer, (obs, act, valid) = make_decomposer(kind, spatial=False), make_episodes()
+    decomposer, (obs, act, valid) = make_decomposer(kind, credit="temporal"), make_episodes()
     credits = decomposer(obs, act, valid)
     assert torch.equal(credits, credits[:, :, :1].expand(-1, -1, N)) and credits[valid].abs().min() > 0
     swapped = decomposer(obs[:, :, [1, 0, 2]], act[:, :, [1, 0, 2]], valid)
@@ -315,26 +337,41 @@ def test_continuous_actions_are_embedded_linearly(kind):
     decomposer, (obs, _, valid) = make_decomposer(kind, continuous=True), make_episodes()
     act = torch.rand(E, T, N, A)
     assert isinstance(decomposer.embed_act, torch.nn.Linear)
-    changed = decomposer(obs, 1 - act, valid, seeded())
-    assert not torch.allclose(decomposer(obs, act, valid, seeded()), changed)
+    changed = seeded(decomposer, obs, 1 - act, valid)
+    assert not torch.allclose(seeded(decomposer, obs, act, valid), changed)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_a_decomposer_takes_what_the_buffer_stores(kind, continuous):
+    """Half precision and short integers, which cost a little accuracy."""
+    decomposer, (obs, act, valid) = make_decomposer(kind, continuous=continuous), make_episodes()
+    act = torch.rand(E, T, N, A) if continuous else act
+    exact = seeded(decomposer, obs, act, valid)
+    stored = seeded(decomposer, obs.half(), act.half() if continuous else act.short(), valid)
+    assert torch.allclose(exact, stored, atol=2e-2) and not torch.equal(exact, stored)
 
 
 def test_a_new_decomposer_gives_no_credit(kind):
-    fresh = kind(OBS, A, N, T, D, H, 2, 3, "bernoulli")
-    assert (fresh(*make_episodes()) == 0).all()
+    assert (new_decomposer(kind)(*make_episodes()) == 0).all()
 
 
-def test_coalitions_come_from_the_generator_and_from_every_step(kind):
+def test_coalitions_are_drawn_anew_for_every_call_and_step(kind):
     decomposer, episodes = make_decomposer(kind, mc_samples=1), make_episodes()
-    assert torch.equal(decomposer(*episodes, seeded(1)), decomposer(*episodes, seeded(1)))
-    assert not torch.equal(decomposer(*episodes, seeded(1)), decomposer(*episodes, seeded(2)))
+    assert torch.equal(seeded(decomposer, *episodes, seed=1), seeded(decomposer, *episodes, seed=1))
+    assert not torch.equal(seeded(decomposer, *episodes, seed=1), seeded(decomposer, *episodes, seed=2))
     # Two identical episodes in one batch get different draws.
     twice = [x[:1].expand(2, *x.shape[1:]) for x in episodes]
-    first, second = decomposer(*twice, seeded())
+    first, second = seeded(decomposer, *twice)
     assert not torch.allclose(first, second)
 
 
-def test_the_decomposer_uses_the_coalitions_it_is_told_to():
+def all_alike(*args) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sample_coalitions` with equal weights."""
+    masks, weights = sample_coalitions(*args)
+    return masks, torch.full_like(weights, 1 / len(weights))
+
+
+def test_the_decomposer_uses_the_coalitions_it_is_told_to(monkeypatch):
     """The mean over draws goes to `exact` for permutation, to the Banzhaf weighting for bernoulli."""
     episode = [x[:1, :2] for x in make_episodes()]
     limits, draws = {}, {}
@@ -345,11 +382,12 @@ def test_the_decomposer_uses_the_coalitions_it_is_told_to():
             decomposer.shapley.query.mul_(3)
             if kind == "exact":
                 limits["permutation"] = decomposer(*episode)[0]
-                decomposer.weights.fill_(1 / len(decomposer.weights))  # all coalitions alike
+                monkeypatch.setattr("stas_ippo_alicebob.sample_coalitions", all_alike)
                 limits["bernoulli"] = decomposer(*episode)[0]
+                monkeypatch.undo()
             else:
                 many = [x.expand(5000, *x.shape[1:]) for x in episode]
-                draws[kind] = decomposer(*many, seeded())
+                draws[kind] = seeded(decomposer, *many)
     assert (limits["permutation"] - limits["bernoulli"]).abs().max() > 0.01
     for kind, credits in draws.items():
         error = (credits.mean(dim=0) - limits[kind]).abs() / (credits.std(dim=0) / math.sqrt(len(credits)))
@@ -363,7 +401,7 @@ def test_more_samples_less_noise(kind):
     noise = []
     for m in (2, 32):  # pairs, as a coalition comes with its complement
         decomposer = make_decomposer(kind, mc_samples=m)
-        draws = torch.stack([decomposer(*episodes, seeded(s)) for s in range(50)])
+        draws = torch.stack([seeded(decomposer, *episodes, seed=s) for s in range(50)])
         noise.append(draws.std(dim=0)[episodes[2]].mean().item())
     assert noise[0] / noise[1] == pytest.approx(4, rel=0.2)
 
@@ -376,13 +414,13 @@ def test_the_decomposer_learns_returns_of_a_known_decomposition(kind, coalition)
     """True reward of agent i at step t: its first feature. The fit must find the sum, and mostly who and when."""
     decomposer = make_decomposer(kind, coalition=coalition, emb_dim=32)
     optimizer = torch.optim.Adam(decomposer.parameters(), lr=3e-3)
-    generator = seeded(1)
+    draw = generator(1)
     for _ in range(400):
-        obs = torch.randn(64, T, N, OBS, generator=generator)
-        act = torch.randint(A, (64, T, N), generator=generator)
-        valid = torch.arange(T) < torch.randint(1, T + 1, (64, 1), generator=generator)
+        obs = torch.randn(64, T, N, OBS, generator=draw)
+        act = torch.randint(A, (64, T, N), generator=draw)
+        valid = torch.arange(T) < torch.randint(1, T + 1, (64, 1), generator=draw)
         true = obs[..., 0] * valid.unsqueeze(-1)
-        credits = decomposer(obs, act, valid, generator)
+        credits = decomposer(obs, act, valid)
         loss = F.mse_loss(credits.sum(dim=(1, 2)), true.sum(dim=(1, 2)))
         optimizer.zero_grad()
         loss.backward()
@@ -392,10 +430,11 @@ def test_the_decomposer_learns_returns_of_a_known_decomposition(kind, coalition)
     assert centred_correlation(credits[valid], true[valid], torch.ones(int(valid.sum()), N)) > 0.8
 
 
-@pytest.mark.parametrize("spatial", [True, False])
-def test_stas_ml_with_one_block_is_stas(spatial):
-    flags = dict(num_layers=1, spatial=spatial, seed=3)
-    ours, theirs = (make_decomposer(kind, **flags)(*make_episodes(), seeded()) for kind in (MLDecomposer, Decomposer))
+@pytest.mark.parametrize("credit", ["stas", "temporal"])
+def test_stas_ml_with_one_block_is_stas(credit):
+    flags = dict(num_layers=1, credit=credit, seed=3)
+    kinds = (MLDecomposer, Decomposer)
+    ours, theirs = (seeded(make_decomposer(kind, **flags), *make_episodes()) for kind in kinds)
     assert torch.equal(ours, theirs) and ours.abs().max() > 0
 
 
@@ -429,43 +468,54 @@ def test_stas_ml_by_definition():
 
 @pytest.mark.parametrize("length", [1, 7, 12])
 @pytest.mark.parametrize("window", [0, 1, 2, 5, 6, 7, 11, 12, 30])
-def test_attention_window_against_a_loop(length, window):
-    q, k, v = torch.randn(3, 2, H, length, 4, dtype=torch.float64, generator=seeded(1))
-    attended = causal_attention(q, k, v, window)
-    for t in range(length):
-        seen = slice(0 if window == 0 else max(0, t - window + 1), t + 1)
-        scores = torch.einsum("bhd,bhsd->bhs", q[:, :, t], k[:, :, seen]) / math.sqrt(4)
-        expected = torch.einsum("bhs,bhsd->bhd", scores.softmax(-1), v[:, :, seen])
-        assert torch.allclose(attended[:, :, t], expected, atol=1e-12)
+def test_temporal_layer_against_a_loop(length, window):
+    """A transformer layer with norms in front, one query, one head and one sequence at a time."""
+    torch.manual_seed(0)
+    layer = TemporalLayer(D, H, window).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, length, D, dtype=torch.float64)
+    result = layer(x)
+    for b in range(2):
+        q, k, v = layer.qkv(layer.norm1(x[b])).chunk(3, dim=-1)  # (T, D) each
+        for t in range(length):
+            seen = slice(0 if window == 0 else max(0, t - window + 1), t + 1)
+            heads = []
+            for h in range(H):
+                part = slice(h * D // H, (h + 1) * D // H)
+                scores = k[seen, part] @ q[t, part] / math.sqrt(D // H)
+                heads.append(scores.softmax(0) @ v[seen, part])
+            y = x[b, t] + layer.proj(torch.cat(heads))
+            assert torch.allclose(result[b, t], y + layer.mlp(layer.norm2(y)), atol=1e-10)
 
 
 def test_a_window_as_long_as_the_episode_is_full_attention(kind):
     episodes = make_episodes()
-    full = make_decomposer(kind)(*episodes, seeded())
+    full = seeded(make_decomposer(kind), *episodes)
     for window in (T, T + 1, 100):
-        assert torch.equal(make_decomposer(kind, attention_window=window)(*episodes, seeded()), full)
-    assert not torch.allclose(make_decomposer(kind, attention_window=T - 1)(*episodes, seeded()), full)
+        assert torch.equal(seeded(make_decomposer(kind, attention_window=window), *episodes), full)
+    assert not torch.allclose(seeded(make_decomposer(kind, attention_window=T - 1), *episodes), full)
 
 
 def test_how_far_a_window_reaches(kind):
     """Each of two layers looks back on W - 1 earlier steps."""
     decomposer, (obs, act, _) = make_decomposer(kind, attention_window=2), make_episodes()
     valid = torch.ones(E, T, dtype=torch.bool)
-    before = decomposer(obs, act, valid, seeded())
+    before = seeded(decomposer, obs, act, valid)
     obs[:, 1] += 1
-    reached = ((decomposer(obs, act, valid, seeded()) - before).abs().amax(dim=(0, 2)) > 1e-6).tolist()
+    reached = ((seeded(decomposer, obs, act, valid) - before).abs().amax(dim=(0, 2)) > 1e-6).tolist()
     assert reached == [False, True, True, True, False, False, False]
 
 
 def test_memory_of_a_window_grows_with_the_length_not_its_square():
-    """What attention keeps for the backward pass, masks included: twice the length, twice the numbers."""
+    """What a layer keeps for the backward pass beside its one mask: twice the length, twice the numbers."""
 
     def kept(length: int) -> int:
         sizes = []
-        q, k, v = torch.randn(3, 2, H, length, 4, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            causal_attention(q, k, v, 8)
-        return sum(sizes)
+        x = torch.randn(3, length, D, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x) or x, lambda x: x):
+            TemporalLayer(D, H, window=8)(x)
+        return sum(x.numel() for x in sizes if x.shape[-2:] != (length, length))
 
     assert kept(512) <= 2.1 * kept(256)
 
@@ -474,17 +524,22 @@ def make_args(**flags) -> SimpleNamespace:
     return SimpleNamespace(**dict(credit="stas", reward_scale=10.0) | flags)
 
 
+def episodes_of(obs, act, team_reward, valid) -> dict[str, torch.Tensor]:
+    return dict(obs=obs, act=act, team_reward=team_reward, valid=valid)
+
+
 def make_rewards(valid: torch.Tensor) -> torch.Tensor:
-    return torch.randn(valid.shape, generator=seeded(5)) * valid
+    return torch.randn(valid.shape, generator=generator(5)) * valid
 
 
 def test_stas_and_temporal_credits_sum_to_the_predicted_return_in_raw_units():
     obs, act, valid = make_episodes()
     reward = make_rewards(valid)
     for credit in ("stas", "temporal"):
-        decomposer = make_decomposer(spatial=credit == "stas")
-        predicted = torch.stack([decomposer(obs, act, valid, seeded())[e][valid[e]].sum() for e in range(E)])
-        credits = decompose(make_args(credit=credit), decomposer, obs, act, reward, valid, seeded())
+        decomposer = make_decomposer(credit=credit)
+        predicted = torch.stack([seeded(decomposer, obs, act, valid)[e][valid[e]].sum() for e in range(E)])
+        torch.manual_seed(0)
+        credits = decompose(make_args(credit=credit), decomposer, episodes_of(obs, act, reward, valid))
         assert credits.shape == (E, T, N) and (credits[~valid] == 0).all()
         assert torch.allclose(credits.sum(dim=(1, 2)), 10 * predicted, atol=1e-4)
 
@@ -493,7 +548,7 @@ def test_stas_and_temporal_credits_sum_to_the_predicted_return_in_raw_units():
 def test_conserve_makes_credits_sum_to_the_true_return(where):
     obs, act, valid = make_episodes()
     reward, decomposer = make_rewards(valid), make_decomposer()
-    raw = decompose(make_args(), decomposer, obs, act, reward, valid, seeded())
+    raw = decompose(make_args(), decomposer, episodes_of(obs, act, reward, valid))
     returns = reward.sum(dim=1)
     assert (raw.sum(dim=(1, 2)) - returns).abs().min() > 1e-2
     kept = conserve(raw, returns, valid, where)
@@ -513,7 +568,7 @@ def test_dense_episodic_uniform_are_what_they_say():
     obs, act, valid = make_episodes()
     reward = make_rewards(valid)
     credits = {
-        kind: decompose(make_args(credit=kind), None, obs, act, reward, valid, None)
+        kind: decompose(make_args(credit=kind), None, episodes_of(obs, act, reward, valid))
         for kind in ("dense", "episodic", "uniform")
     }
     for e in range(E):
@@ -526,8 +581,9 @@ def test_dense_episodic_uniform_are_what_they_say():
             }
             for kind, value in expected.items():
                 assert credits[kind][e, t].tolist() == pytest.approx([value] * N, abs=1e-5)
-    with pytest.raises(ValueError, match="where"):
-        distribute_return(reward.sum(1), valid, N, "first")
+    oracle = torch.randn(E, T, N)
+    episodes = episodes_of(obs, act, reward, valid) | {"shapley": oracle}
+    assert torch.equal(decompose(make_args(credit="shapley"), None, episodes), oracle)
 
 
 def test_replay_buffer_is_a_ring_of_episodes():
@@ -535,12 +591,12 @@ def test_replay_buffer_is_a_ring_of_episodes():
     for first in (0, 3, 6):
         rows = torch.arange(first, first + 3)
         buffer.add(number=rows, double=2 * rows.unsqueeze(1).expand(-1, 2))
-    assert buffer.size == 5
-    batch = buffer.sample(500, seeded())
+    assert buffer.count == 9
+    batch = buffer.sample(500)
     assert batch["number"].unique().tolist() == [4, 5, 6, 7, 8]
     assert torch.equal(batch["double"], 2 * batch["number"].unsqueeze(1).expand(-1, 2))  # rows stay together
     buffer.add(number=torch.arange(20, 32), double=torch.zeros(12, 2, dtype=torch.int64))  # more than it holds
-    assert buffer.sample(500, seeded())["number"].unique().tolist() == [27, 28, 29, 30, 31]
+    assert buffer.sample(500)["number"].unique().tolist() == [27, 28, 29, 30, 31]
     copy = ReplayBuffer(5, "cpu")
     copy.load_state_dict(buffer.state_dict())
     for each in (buffer, copy):
@@ -551,11 +607,11 @@ def test_replay_buffer_is_a_ring_of_episodes():
 def test_a_buffer_smaller_than_a_batch_can_be_sampled():
     buffer = ReplayBuffer(100, "cpu")
     buffer.add(number=torch.arange(3))
-    assert buffer.sample(256, seeded())["number"].shape == (256,)
+    assert buffer.sample(256)["number"].shape == (256,)
 
 
 def test_centred_correlation_against_a_loop():
-    x, y = torch.randn(6, 5, generator=seeded(1)), torch.randn(6, 5, generator=seeded(2))
+    x, y = torch.randn(6, 5, generator=generator(1)), torch.randn(6, 5, generator=generator(2))
     valid = torch.arange(5) < torch.tensor([5, 2, 3, 4, 5, 1]).unsqueeze(1)
     a, b = [], []
     for row in range(6):

@@ -1,13 +1,15 @@
 """The learner: advantages against a loop, log-probabilities against the policy, critics against what they may see."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from envs.alice_bob import AliceBob, parallel_env
 from envs.mpe import make
-from stas_ippo_alicebob import ActorCritic, compute_gae, evaluate, play_episode, rollout
+from evaluate import play_episode, play_episodes
+from stas_ippo_alicebob import ActorCritic, compute_gae, rollout
 from stas_ippo_mpe import ContinuousActorCritic
 
 
@@ -45,17 +47,22 @@ def test_gae_with_lambda_1_gives_the_discounted_return():
     assert returns[0, 0, 0].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def make_agent(**flags) -> ActorCritic:
+def make_agent(centralized: bool = False) -> ActorCritic:
     torch.manual_seed(0)
-    agent = ActorCritic(19, 4, 2, **flags)
+    args = SimpleNamespace(critic="centralized" if centralized else "independent")
+    agent = ActorCritic(args, AliceBob(1))
     torch.nn.init.normal_(agent.actor[-1].weight, std=0.5)  # a policy that is not nearly uniform
     return agent
 
 
 def test_stored_logprobs_are_those_of_the_actions_taken():
     env, agent = AliceBob(16), make_agent()
-    obs, act, logprob, team_reward, valid = rollout(env, agent, torch.Generator().manual_seed(0))
-    assert obs.shape == (16, 40, 2, 19) and act.shape == logprob.shape == (16, 40, 2)
+    episodes = rollout(env, agent)
+    names = ("obs", "act", "logprob", "team_reward", "valid", "elapsed", "value", "event")
+    obs, act, logprob, team_reward, valid, time, value, event = (episodes[name] for name in names)
+    assert obs.shape == (16, 40, 2, 19) and act.shape == logprob.shape == value.shape == event.shape == (16, 40, 2)
+    assert torch.allclose(time, torch.arange(40).expand(16, -1) / 40)
+    assert torch.allclose(value, agent.get_value(obs, time), atol=1e-5)
     assert team_reward.shape == valid.shape == (16, 40) and valid.dtype == torch.bool
     replay = AliceBob(16)  # the same actions give the same observations and rewards
     next_obs = replay.reset()
@@ -67,80 +74,88 @@ def test_stored_logprobs_are_those_of_the_actions_taken():
                 probs = agent.actor(torch.cat((obs[e, t, i], one_hot))).softmax(-1)
                 assert logprob[e, t, i].item() == pytest.approx(math.log(probs[act[e, t, i]].item()), abs=1e-5)
         next_obs, reward, _ = replay.step(act[:, t])
-        assert torch.equal(reward, team_reward[:, t])
+        assert torch.equal(reward, team_reward[:, t]) and torch.equal(replay.oracles()["event"], event[:, t])
 
 
-def test_actions_are_drawn_from_the_policy_and_the_generator():
+def test_actions_are_drawn_from_the_policy():
     agent = make_agent()
-    obs = torch.randn(1, 2, 19).expand(50_000, -1, -1)
-    act, logprob = agent.act(obs, torch.Generator().manual_seed(0))
-    probs = agent.log_probs(obs[0]).exp()
+    obs, time = torch.randn(1, 2, 19).expand(50_000, -1, -1), torch.zeros(50_000)
+    act, *_ = agent.get_action_and_value(obs, time)
     for i in range(2):
+        probs = agent.actor(torch.cat((obs[0, i], torch.eye(2)[i]))).softmax(-1)
         frequency = torch.bincount(act[:, i], minlength=4) / len(act)
-        assert (frequency - probs[i]).abs().max() < 4 * math.sqrt(0.25 / len(act))
-    assert torch.equal(act, agent.act(obs, torch.Generator().manual_seed(0))[0])
+        assert (frequency - probs).abs().max() < 4 * math.sqrt(0.25 / len(act))
 
 
-def test_evaluate_gives_logprob_and_entropy_of_a_categorical():
-    agent, obs = make_agent(), torch.randn(9, 2, 19)
-    act = torch.randint(4, (9, 2))
-    logprob, entropy = agent.evaluate(obs, act)
+def test_logprob_entropy_and_value_by_definition():
+    agent, obs, time = make_agent(), torch.randn(9, 2, 19), torch.rand(9)
+    given = torch.randint(4, (9, 2))
+    act, logprob, entropy, value = agent.get_action_and_value(obs, time, given)
+    assert act is given
     for b in range(9):
         for i in range(2):
-            policy = torch.distributions.Categorical(logits=agent.actor(torch.cat((obs[b, i], torch.eye(2)[i]))))
-            assert logprob[b, i].item() == pytest.approx(policy.log_prob(act[b, i]).item(), abs=1e-5)
-            assert entropy[b, i].item() == pytest.approx(policy.entropy().item(), abs=1e-5)
+            seen = torch.cat((obs[b, i], torch.eye(2)[i]))
+            probs = agent.actor(seen).softmax(-1).tolist()
+            assert logprob[b, i].item() == pytest.approx(math.log(probs[given[b, i]]), abs=1e-5)
+            assert entropy[b, i].item() == pytest.approx(-sum(p * math.log(p) for p in probs), abs=1e-5)
+            expected = agent.critic(torch.cat((seen, time[b : b + 1]))).item()
+            assert value[b, i].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_who_sees_what():
     obs = torch.randn(5, 2, 19)
     changed = obs.clone()
     changed[:, 1] += 1
+    time = torch.zeros(5)
     for centralized in (False, True):
         agent = make_agent(centralized=centralized)
-        assert torch.equal(agent.log_probs(obs)[:, 0], agent.log_probs(changed)[:, 0])  # actors never see the others
-        assert not torch.equal(agent.log_probs(obs)[:, 1], agent.log_probs(changed)[:, 1])
-        same = torch.equal(agent.value(obs)[:, 0], agent.value(changed)[:, 0])
+        assert torch.equal(
+            agent.policy(obs).logits[:, 0], agent.policy(changed).logits[:, 0]
+        )  # actors never see the others
+        assert not torch.equal(agent.policy(obs).logits[:, 1], agent.policy(changed).logits[:, 1])
+        same = torch.equal(agent.get_value(obs, time)[:, 0], agent.get_value(changed, time)[:, 0])
         assert same == (not centralized)
         alike = obs[:, :1].expand(-1, 2, -1)
-        assert not torch.allclose(agent.value(alike)[:, 0], agent.value(alike)[:, 1])  # but know who they are
-        assert agent.value(obs.unsqueeze(0)).shape == (1, 5, 2)
+        value = agent.get_value(alike, time)
+        assert not torch.allclose(value[:, 0], value[:, 1])  # but know who they are
+        assert agent.get_value(obs.unsqueeze(0), time.unsqueeze(0)).shape == (1, 5, 2)
 
 
-def test_only_a_timed_critic_knows_the_time():
-    agent, obs = make_agent(timed=True), torch.randn(5, 2, 19)
-    early, late = (agent.value(obs, torch.full((5,), time)) for time in (0.0, 1.0))
-    assert early.shape == (5, 2) and not torch.allclose(early, late)
-    batch = agent.value(obs, torch.tensor([0.0, 1, 0, 1, 0]))
-    assert torch.allclose(batch[::2], early[::2]) and torch.allclose(batch[1::2], late[1::2])
-    assert make_agent(timed=True, centralized=True).value(obs, torch.rand(5)).shape == (5, 2)
+def test_the_critic_knows_the_time_and_the_actor_does_not():
+    for centralized in (False, True):
+        agent, obs = make_agent(centralized), torch.randn(5, 2, 19)
+        early, late = (agent.get_value(obs, torch.full((5,), time)) for time in (0.0, 1.0))
+        assert early.shape == (5, 2) and not torch.allclose(early, late)
+        batch = agent.get_value(obs, torch.tensor([0.0, 1, 0, 1, 0]))
+        assert torch.allclose(batch[::2], early[::2]) and torch.allclose(batch[1::2], late[1::2])
+        assert len(agent.actor[0].weight.T) == 19 + 2
 
 
 def make_continuous_agent() -> ContinuousActorCritic:
     torch.manual_seed(0)
-    agent = ContinuousActorCritic(19, 5, 2)
+    env = SimpleNamespace(obs_dim=19, num_actions=5, num_agents=2, continuous=True)
+    agent = ContinuousActorCritic(SimpleNamespace(critic="independent"), env)
     torch.nn.init.normal_(agent.actor[-1].weight, std=1.0)
     return agent
 
 
-def test_continuous_actions_are_beta_draws_from_the_generator():
+def test_continuous_actions_are_beta_draws():
     agent, obs = make_continuous_agent(), torch.randn(1, 2, 19).expand(20_000, -1, -1)
-    act, _ = agent.act(obs, torch.Generator().manual_seed(0))
+    act, *_ = agent.get_action_and_value(obs, torch.zeros(20_000))
     assert act.shape == (20_000, 2, 5) and act.min() > 0 and act.max() < 1
-    policy = agent.policy(obs[0])
+    policy = agent.policy(obs[0]).base_dist
     a, b = policy.concentration1, policy.concentration0
     mean, variance = a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
     assert ((act.mean(0) - mean).abs() < 4.5 * (variance / len(act)).sqrt()).all()
     assert (act.var(0) / variance - 1).abs().max() < 0.06
-    assert torch.equal(act, agent.act(obs, torch.Generator().manual_seed(0))[0])
 
 
 def test_continuous_logprob_and_entropy_by_numerical_integration():
     agent, obs = make_continuous_agent(), torch.randn(3, 2, 19)
-    act, stored = agent.act(obs, torch.Generator().manual_seed(0))
-    logprob, entropy = agent.evaluate(obs, act)
+    act, stored, *_ = agent.get_action_and_value(obs, torch.zeros(3))
+    _, logprob, entropy, _ = agent.get_action_and_value(obs, torch.zeros(3), act)
     assert torch.equal(stored, logprob)
-    policy = agent.policy(obs)
+    policy = agent.policy(obs).base_dist
     parameters = torch.stack((policy.concentration1, policy.concentration0), dim=-1)  # (3, 2, 5, 2)
     grid = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     for e in range(3):
@@ -162,15 +177,11 @@ def test_a_continuous_rollout_stores_what_was_done():
     env, replay = (make("push", 4, 2, continuous_actions=True) for _ in range(2))
     env.reset(seed=0)
     replay.reset(seed=0)
-    agent, rewards = ContinuousActorCritic(env.obs_dim, 5, 2), []
-
-    def watch(env) -> None:
-        rewards.append(env.team_reward())
-
-    obs, act, logprob, team_reward, valid = rollout(env, agent, torch.Generator().manual_seed(0), watch)
-    assert act.shape == (4, 25, 2, 5) and logprob.shape == (4, 25, 2) and valid.all()
-    assert torch.equal(torch.stack(rewards, dim=1), team_reward)
-    assert torch.equal(agent.evaluate(obs, act)[0], logprob)
+    agent = ContinuousActorCritic(SimpleNamespace(critic="independent"), env)
+    episodes = rollout(env, agent)
+    obs, act, logprob, team_reward = (episodes[name] for name in ("obs", "act", "logprob", "team_reward"))
+    assert act.shape == (4, 25, 2, 5) and logprob.shape == (4, 25, 2) and episodes["valid"].all()
+    assert torch.allclose(agent.get_action_and_value(obs, episodes["elapsed"], act)[1], logprob, atol=1e-4)
     next_obs = replay.reset()  # rollout resets, too
     for t in range(25):
         assert torch.equal(next_obs, obs[:, t])
@@ -178,15 +189,23 @@ def test_a_continuous_rollout_stores_what_was_done():
         assert torch.equal(reward, team_reward[:, t])
 
 
+def test_rollout_takes_a_seed_and_the_draws_come_from_torch():
+    torch.manual_seed(0)
+    env = make("spread", 4, 3)
+    agent, act = ActorCritic(SimpleNamespace(critic="independent"), env), []
+    for seed, torch_seed in ((1, 1), (1, 1), (1, 2), (2, 1)):
+        torch.manual_seed(torch_seed)
+        act.append(rollout(env, agent, seed))
+    same, other_draws, other_start = (
+        [torch.equal(act[0][name], episodes[name]) for name in ("obs", "act")] for episodes in act[1:]
+    )
+    assert same == [True, True] and other_draws == [False, False] and not other_start[0]
+    assert torch.equal(act[0]["obs"][:, 0], act[2]["obs"][:, 0])  # the same start
+
+
 def test_an_episode_on_pettingzoo_equals_the_batched_game():
-    agent, generator = make_agent(), torch.Generator().manual_seed(0)
-    frames = []
-
-    def watch(env) -> None:
-        frames.append(env.render())
-
-    with torch.no_grad():
-        episode = play_episode(parallel_env("rgb_array"), lambda obs: agent.act(obs, generator)[0], 0, watch)
+    agent, frames = make_agent(), []
+    episode = play_episode(parallel_env("rgb_array"), lambda obs: agent.policy(obs).sample(), 0, frames)
     length = episode["obs"].shape[1]
     assert len(frames) == length + 1 and episode["valid"].all()
     env = AliceBob(1)
@@ -195,6 +214,7 @@ def test_an_episode_on_pettingzoo_equals_the_batched_game():
         assert torch.equal(episode["obs"][:, t], obs)
         obs, reward, _ = env.step(episode["act"][:, t])
         assert episode["team_reward"][0, t].item() == pytest.approx(reward.item())
+        assert torch.equal(episode["event"][0, t].long(), env.oracles()["event"][0])
 
 
 def test_evaluation_counts_what_happened():
@@ -221,11 +241,11 @@ def test_evaluation_counts_what_happened():
             self.agents = [] if over else self.agents
             return result
 
-    figures, terminated = evaluate(TwoSteps(), None, 2, 0)  # episode 1 has one step, episode 2 two
+    figures = play_episodes(TwoSteps(), None, 2, 0)  # episode 1 has one step, episode 2 two
     assert figures == {
         "episodic_return": 3.0,
         "episodic_return_std": 1.0,
         "episodic_length": 1.5,
         "episodes": 2,
+        "terminated": 0.5,
     }
-    assert terminated == 0.5

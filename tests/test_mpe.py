@@ -2,22 +2,20 @@
 
 import itertools
 import math
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from pettingzoo.test import parallel_api_test, parallel_seed_test, render_test
 
-from envs.mpe import (
-    SimpleSpread,
-    copy_state,
-    distances,
-    make,
-    make_pettingzoo,
-    push_parallel_env,
-    raw_env,
-)
-from stas_ippo_mpe import ActorCritic, evaluate
+from envs.mpe import SimpleSpread, distances, make, make_pettingzoo
+from envs.mpe_pettingzoo import copy_state, draw, push_parallel_env, raw_env
+from evaluate import play_episodes
+from stas_ippo_mpe import ActorCritic
 
 STATE = {
     "spread": ["agent_pos", "agent_vel", "landmark_pos"],
@@ -55,6 +53,13 @@ def play_mpe2(env, one, act: np.ndarray, crowd: float) -> dict[str, list]:
         episode["obs"].append(true_observations(env, one.num_agents))
         episode["state"].append(state())
     return episode
+
+
+def prey_reward(env) -> torch.Tensor:
+    """mpe2's rewards of the prey, (E, P): -10 for every touch, and less for leaving the arena."""
+    x = env.prey_pos.abs()
+    beyond = torch.where(x < 1, (10 * (x - 0.9)).clamp(min=0), (2 * x - 2).exp().clamp(max=10))
+    return -10 * env.contacts().sum(dim=1).to(env.dtype) - beyond.sum(dim=2)
 
 
 @pytest.mark.parametrize("neighbors", ["all", "2 nearest", "more than there are"])
@@ -101,7 +106,7 @@ def test_equal_to_mpe2_step_for_step(scenario, num_agents, episodes, continuous,
         for name in STATE[scenario]:
             assert close(getattr(env, name), [episode["state"][t + 1][name].numpy() for episode in played]), name
         if scenario == "tag":
-            assert close(env.prey_reward(), [episode["prey_reward"][t] for episode in played])
+            assert close(prey_reward(env), [episode["prey_reward"][t] for episode in played])
         touches += env.touching().sum().item()
         if scenario != "spread":  # where two agents that touch do not count
             touches += (distances(env.agent_pos, env.agent_pos) < 2 * env.size).sum().item() - episodes * num_agents
@@ -288,22 +293,21 @@ def test_a_policy_earns_the_same_on_both(scenario):
     """Mean returns within 3 standard errors of their difference. The policy pushes the agents to where they touch."""
     torch.manual_seed(1)
     env = make(scenario, 2000, 3)
-    agent = ActorCritic(env.obs_dim, 5, 3)
+    agent = ActorCritic(SimpleNamespace(critic="independent"), env)
     torch.nn.init.normal_(agent.actor[-1].weight, std=1.0)
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         obs, returns = env.reset(seed=0), 0
         for _ in range(25):
-            obs, reward, _ = env.step(agent.act(obs, generator)[0])
+            obs, reward, _ = env.step(agent.policy(obs).sample())
             returns = returns + reward
-        figures, _ = evaluate(make_pettingzoo(scenario, 3), lambda obs: agent.act(obs, generator)[0], 150, seed=0)
+        figures = play_episodes(make_pettingzoo(scenario, 3), lambda obs: agent.policy(obs).sample(), 150, seed=0)
     error = math.sqrt(figures["episodic_return_std"] ** 2 / 150 + returns.var().item() / 2000)
     assert error > 0 and abs(figures["episodic_return"] - returns.mean().item()) < 3 * error
     assert figures["episodic_length"] == 25
 
 
 @pytest.mark.parametrize("continuous", [False, True])
-@pytest.mark.parametrize("scenario", ["tag", "push"])
+@pytest.mark.parametrize("scenario", ["spread", "tag", "push"])
 def test_pettingzoo_api_and_seeds(scenario, continuous):
     parallel_api_test(make_pettingzoo(scenario, 3, continuous_actions=continuous), num_cycles=60)
     parallel_seed_test(lambda: make_pettingzoo(scenario, 3, continuous_actions=continuous), num_cycles=30)
@@ -316,6 +320,73 @@ def test_push_renders(monkeypatch):
     env.reset(seed=0)
     picture = env.render()
     assert picture.shape == (700, 700, 3) and len(np.unique(picture.reshape(-1, 3), axis=0)) > 3
+
+
+@pytest.mark.parametrize("scenario", ["spread", "tag", "push"])
+def test_pictures_show_the_numbered_agents_from_a_camera_that_stands_still(scenario):
+    env = make_pettingzoo(scenario, 3, render_mode="rgb_array")
+    env.reset(seed=1)
+    before = env.render()
+    assert before.shape == (500, 500, 3) and before.dtype == np.uint8 and np.array_equal(before, env.render())
+    env.unwrapped.world.agents[1].state.p_pos[:] = (-1.3, 1.3)  # a corner where nothing is
+    moved = env.render()
+    blue = np.abs(moved.astype(int) - (31, 119, 180)).sum(axis=2) < 30
+    row, col = np.argwhere(blue[:100, :100]).mean(axis=0)
+    assert (row, col) == pytest.approx((33, 33), abs=3)  # 0.2 of 3 units from the upper left, of 500 pixels
+    changed = (before != moved).any(axis=2)
+    assert changed.sum() <= 2 * math.pi * (env.rules.size / 3 * 500 + 2) ** 2  # only where agent 1 was and where it is
+    one, two = draw(make(scenario, 1, 1)), draw(make(scenario, 1, 2))
+    assert not np.array_equal(one, two)
+
+
+def test_oracles_are_those_of_the_rules():
+    """What the wrapper tells of mpe2's state equals the batched environment's, put into that state."""
+    env = make_pettingzoo("spread", 3)
+    env.reset(seed=2)
+    for agent in env.unwrapped.world.agents:
+        agent.state.p_pos *= 0.1
+    twin = make("spread", 1, 3, dtype=torch.float64)
+    copy_state(env.unwrapped.world, twin)
+    told = env.oracles()
+    assert torch.equal(told["event"], (twin.touching() > 0).long()) and told["event"].any()
+    assert torch.equal(told["shapley"], twin.shapley_reward())
+    assert torch.equal(told["difference"], twin.difference_reward())
+    assert set(make("tag", 2, 3).oracles()) == set(make("push", 2, 3).oracles()) == {"event"}
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("scenario", ["spread", "tag", "push"])
+def test_misuse_of_the_pettingzoo_environments(scenario, continuous):
+    env = make_pettingzoo(scenario, 2, continuous_actions=continuous)
+
+    def joint(value: float) -> dict:
+        return dict.fromkeys(env.possible_agents, np.full(5, value, np.float32) if continuous else value)
+
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(joint(0))
+    for actions in ({"nobody": 0}, joint(0) | {"nobody": 0}, dict([joint(0).popitem()])):
+        env.reset(seed=0)
+        with pytest.raises(ValueError, match="must be actions for"):
+            env.step(actions)
+    for value in (float("nan"), 9, -1):
+        env.reset(seed=0)
+        if continuous and value == value:  # what lies outside is clipped, as mpe2 does it
+            env.step(joint(value))
+        else:
+            with pytest.raises(AssertionError, match="action"):
+                env.step(joint(value))
+    env.reset(seed=0)
+    while env.agents:
+        env.step(joint(0))
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(joint(0))
+    env.close()
+    env.close()
+
+
+def test_learning_needs_no_mpe2():
+    code = "import sys; sys.modules['mpe2'] = None; import envs.mpe, stas_ippo_mpe; print('fine')"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "fine\n"
 
 
 def test_predators_are_the_only_agents_in_tag():

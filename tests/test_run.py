@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import fields
 
 import numpy as np
@@ -20,9 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import stas_ippo_alicebob
 import stas_ippo_mpe
 import stas_ml_ippo_mpe
-from envs.alice_bob import AliceBob, parallel_env
-from envs.mpe import make, make_pettingzoo
-from stas_ippo_alicebob import ActorCritic, Decomposer, encode_obs, play_episode
+from envs.alice_bob import AliceBob
+from envs.mpe import make
+from evaluate import play_episode
 
 TIMES = ("wall_time", "time/", "charts/SPS")
 MODULES = {ALICEBOB: stas_ippo_alicebob, MPE: stas_ippo_mpe, ML: stas_ml_ippo_mpe}
@@ -59,7 +60,7 @@ def test_a_run_leaves_a_complete_folder(script, run_script, tiny, tmp_path):
     everywhere = [name for name in last if script != ALICEBOB or not name.startswith("decomposer/reward_correlation")]
     assert all(last[name] for name in everywhere)
 
-    events = EventAccumulator(str(run)).Reload()
+    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
     for name in (name for name in last if "/" in name):
         logged = [(event.step, event.value) for event in events.Scalars(name)]
         expected = [(step, float(row[name])) for step, row in zip(steps, rows) if row[name]]
@@ -78,25 +79,32 @@ def test_a_run_leaves_a_complete_folder(script, run_script, tiny, tmp_path):
         assert Image.open(run / name).size[0] > 300
     assert Image.open(run / "episode.gif").n_frames > 10
 
+    # TensorBoard also shows the flags, the evaluation and the pictures.
+    table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "|emb_dim|8|" in table and "|credit|stas|" in table
+    for name in ("eval/episodic_return", "random/episodic_length"):
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [(steps[-1], pytest.approx(summary[name]))]
+    for name in ("learning_curve.png", "credit.png", "episode.gif"):
+        (image,) = events.Images(name)
+        assert image.encoded_image_string == (run / name).read_bytes() and image.step == steps[-1]
+
 
 def test_checkpoint_loads_safely_and_plays(script, run_script, tiny, no_pictures, tmp_path):
     run_script(f"{tiny} --run-dir run")
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     documented = re.search(r"checkpoint.pt holds: (.*?) \(", MODULES[script].__doc__, re.DOTALL).group(1)
     assert set(re.findall(r"\w+", documented)) == set(checkpoint)
-    obs_dim, num_actions, num_agents, horizon = (82, 4, 2, 40) if script == ALICEBOB else (18, 5, 3, 25)
-    agent = ActorCritic(obs_dim, num_actions, num_agents, timed=script != ALICEBOB)
+    module = MODULES[script]
+    args = module.Args(**json.loads((tmp_path / "run" / "config.json").read_text())["flags"])
+    agent, decomposer = module.make_networks(args, module.make_env(args, num_envs=1))
     agent.load_state_dict(checkpoint["agent"])
-    kind, num_layers = (stas_ml_ippo_mpe.MLDecomposer, 2) if script == ML else (Decomposer, 1)
-    decomposer = kind(obs_dim, num_actions, num_agents, horizon, emb_dim=8, num_heads=2, num_layers=num_layers)
     decomposer.load_state_dict(checkpoint["decomposer"])
-    env, encode = (
-        (parallel_env(), encode_obs) if script == ALICEBOB else (make_pettingzoo("spread", 3), lambda obs: obs)
-    )
-    episode = play_episode(env, lambda obs: agent.act(encode(obs), torch.Generator())[0], seed=0)
+    encode = getattr(module, "encode_obs", lambda obs: obs)
+    episode = play_episode(module.make_parallel_env(args), lambda obs: agent.policy(encode(obs)).sample(), seed=0)
     credits = decomposer(encode(episode["obs"]), episode["act"], episode["valid"])
     assert credits.shape == episode["act"].shape
-    assert len(checkpoint["buffer"]["data"]["obs"]) == 12
+    stored = checkpoint["buffer"]["data"]
+    assert len(stored["obs"]) == 12 and stored["obs"].dtype == torch.float16
 
 
 def test_same_seed_same_numbers(run_script, tiny, no_pictures, tmp_path):
@@ -235,7 +243,7 @@ def test_every_flag_that_shapes_learning_changes_what_is_learned(script, run_scr
     base = f"{tiny} --learning-rate 0.01 --clip-coef 0.1"  # large enough to clip values and ratios
     changes = [("base", ""), *ALIVE.items()]
     changes += [("credit", kind) for kind in ("temporal", "uniform", "episodic", "dense")]
-    changes += [("coalition", kind) for kind in ("permutation", "exact")]
+    changes += [("coalition", kind) for kind in ("permutation", "exact", "all")]
     changes += [("conserve", kind) for kind in ("none", "terminal", "uniform") if kind != MODULES[script].Args.conserve]
     if script != ALICEBOB:
         changes += [("credit", "shapley"), ("credit", "difference"), *OPTIONS_OF_MPE.items()]
@@ -265,9 +273,25 @@ def test_every_other_flag_does_what_it_says(script, run_script, tiny, no_picture
     code, out, _ = run_script(f"{tiny} --exp-name mine --seed 7 --cuda --no-torch-deterministic")
     assert code == 0 and [1, False] == seen[:2]
     (run,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(rf"{'alice_bob' if script == ALICEBOB else 'spread_3'}__mine__7__\d+", run.name)
+    changes = r"torch_deterministic=False,[\w.=,]*num_envs=\d"  # what differs from the defaults
+    assert re.match(rf"{'alice_bob' if script == ALICEBOB else 'spread_3'}__mine__{changes}", run.name)
+    assert re.search(r"__7__\d+$", run.name)
     if not torch.cuda.is_available():
         assert out.count("no CUDA device found") == 1
+
+
+def test_errors_of_our_own_keep_their_traceback(capfd):
+    """Only a full disk or memory is one line."""
+
+    def reported(code: str) -> str:
+        hook = "import sys, run_folder; sys.excepthook = run_folder.report_error\n"
+        return subprocess.run([sys.executable, "-c", hook + code], cwd=ROOT, capture_output=True, text=True).stderr
+
+    for code in ("open('nowhere')", "try:\n open('nowhere')\nexcept OSError:\n {}['bug']", "raise RuntimeError('x')"):
+        assert "Traceback" in reported(code)
+    for code in ("raise MemoryError", "import torch; torch.zeros(10**15)", "raise OSError(28, 'No space left')"):
+        text = reported(code)
+        assert text.startswith("error: ") and len(text.splitlines()) == 1
 
 
 def test_tracking_starts_wandb(run_script, tiny, tmp_path, monkeypatch):
@@ -297,7 +321,23 @@ BAD = [
     ]
     for name in names.split()
     for value in values.split()
-] + ["--emb-dim 30", "--emb-dim 64 --num-heads 5"]
+] + [
+    "--emb-dim 30",
+    "--emb-dim 64 --num-heads 5",
+    "--exp-name a/../../x",
+    "--exp-name ..",
+    *(  # beyond all reason
+        f"--{name} {value}"
+        for names, value in [
+            ("emb-dim num-envs buffer-size mc-samples num-minibatches num-threads total-timesteps seed", 10**20),
+            ("emb-dim num-layers num-heads", 10**9),
+            ("num-envs buffer-size mc-samples update-epochs decomposer-updates decomposer-batch-size", 10**8),
+            ("num-threads", 100_000),
+            ("reward-scale clip-coef learning-rate decomposer-lr ent-coef vf-coef max-grad-norm target-kl", "1e300"),
+        ]
+        for name in names.split()
+    ),
+]
 
 
 BAD_MPE = [
@@ -312,6 +352,10 @@ BAD_MPE = [
     "--credit shapley --scenario tag",
     "--credit difference --scenario push",
     "--coalition exact --num-agents 15",
+    "--num-agents 100000",
+    "--num-obstacles 100000000 --scenario tag",
+    "--num-prey 100000 --scenario tag",
+    "--num-agent-neighbors 100000",
 ]
 
 
@@ -336,26 +380,120 @@ def test_tracking_without_wandb_is_an_error(script, run_script, monkeypatch, tmp
 
 @pytest.mark.parametrize(
     "flags",
-    ["--credit all", "--coalition all", "--conserve some", "--critic two", "--num-envs x", "--no-such-flag"],
+    ["--credit all", "--coalition some", "--conserve some", "--critic two", "--num-envs x", "--no-such-flag"],
 )
 def test_what_cannot_be_parsed_gets_exit_code_2(script, flags, run_script, tmp_path):
     code, _, err = run_script(flags)
     assert code == 2 and err and not list(tmp_path.iterdir())
 
 
-def test_resume_refuses_what_is_not_a_run(run_script, tiny, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "config.json").write_text('{"flags": {"no_such_flag": 1}}')
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "config.json").write_text("hello")
-    for name in ("empty", "odd", "text"):
-        code, out, err = run_script(f"--resume {name}")
-        assert code == 2 and len(err.splitlines()) == 1 and f"--resume {name}" in err
-    assert run_script(f"{tiny} --run-dir run")[0] == 0
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"damaged")
+def test_resume_refuses_what_is_not_a_run(run_script, tiny, no_pictures, tmp_path):
+    def refused(why: str) -> None:
+        code, out, err = run_script("--resume run")
+        assert code == 2 and len(err.splitlines()) == 1 and "--resume" in err and why in err and "must be" in err
+
+    run = tmp_path / "run"
+    refused("config.json")  # there is none
+    run.mkdir()
+    refused("config.json")
+    assert run_script(f"{tiny} --run-dir whole")[0] == 0
+    config, checkpoint = ((tmp_path / "whole" / name).read_bytes() for name in ("config.json", "checkpoint.pt"))
+    flags = json.loads(config)["flags"]
+    other = next(name for name in SCRIPTS if name != json.loads(config)["script"])
+    wrong_configs = [
+        "hello", "[]", "{}", '{"flags": {"no_such_flag": 1}}', json.dumps(json.loads(config) | {"script": other}),
+        json.dumps(json.loads(config) | {"script": "../x.py"}), json.dumps(json.loads(config) | {"flags": [1]}),
+    ]  # fmt: skip
+    without = {name: value for name, value in flags.items() if name != "gamma"}
+    for changed in ({"num_envs": None}, {"credit": "all"}, {"emb_dim": "wide"}, {"no_such_flag": 1}, {"cuda": 3}):
+        wrong_configs.append(json.dumps(json.loads(config) | {"flags": flags | changed}))
+    wrong_configs.append(json.dumps(json.loads(config) | {"flags": without}))
+    for text in wrong_configs:
+        (run / "config.json").write_text(text)
+        refused("config.json")
+    (run / "config.json").write_text(json.dumps(json.loads(config) | {"flags": flags | {"num_envs": 0}}))
     code, _, err = run_script("--resume run")
-    assert code == 2 and len(err.splitlines()) == 1 and "checkpoint.pt" in err
+    assert code == 2 and "--num-envs 0: must be" in err
+
+    # A checkpoint that is damaged, or of something else.
+    (run / "config.json").write_bytes(config)
+    (run / "checkpoint.pt").write_bytes(b"damaged")
+    refused("checkpoint.pt")
+    rng = np.random.default_rng(0)
+    state = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)
+    with zipfile.ZipFile(tmp_path / "whole" / "checkpoint.pt") as archive:
+        stored = [info for info in archive.infolist() if info.file_size > 1000]
+    for info in stored[:3]:  # one flipped bit in the middle of what is stored
+        flipped = bytearray(checkpoint)
+        at = info.header_offset + 200 + int(rng.integers(info.file_size - 200))
+        flipped[at] ^= 1 << int(rng.integers(8))
+        (run / "checkpoint.pt").write_bytes(flipped)
+        refused("checkpoint.pt")
+    for wrong in ([1, 2], {}, state | {"agent": {}}, state | {"buffer": None}, state | {"iteration": "three"}, 7):
+        torch.save(wrong, run / "checkpoint.pt")
+        refused("checkpoint.pt")
+    (run / "checkpoint.pt").write_bytes(checkpoint)
+    (run / "config.json").write_text(json.dumps(json.loads(config) | {"flags": flags | {"emb_dim": 16}}))
+    refused("checkpoint.pt")
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint.pt", "config.json"]
+
+
+def test_a_folder_with_nothing_but_what_a_kill_left_can_be_used(run_script, tiny, no_pictures, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.tmp").write_text("{")
+    assert run_script(f"{tiny} --run-dir run")[0] == 0
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("script", [ALICEBOB], indirect=True)
+def test_runs_have_folders_and_names_of_their_own(script, run_script, tiny, no_pictures, tmp_path):
+    for flags in ("", "", "--credit episodic --gamma 0.5"):
+        assert run_script(f"{tiny} {flags}")[0] == 0
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert len(names) == 3 and ["credit=episodic" in name and "gamma=0.5" in name for name in names].count(True) == 1
+
+
+def test_lost_logs_do_not_keep_a_run_from_going_on(run_script, tiny, no_pictures, tmp_path):
+    """Without metrics.csv and the event file it starts new ones; a torn last line is cut off."""
+    long = tiny.replace("--total-timesteps 600", "--total-timesteps 1000")
+    assert run_script(f"{long} --run-dir whole")[0] == 0
+    assert run_script(f"{tiny} --run-dir run --no-anneal-lr --no-anneal-ent")[0] == 0
+    run = tmp_path / "run"
+    rows = read_metrics(run)
+    with open(run / "metrics.csv", "a") as file:
+        file.write("4,99,1.")
+    assert run_script("--resume run --total-timesteps 800")[0] == 0
+    longer = read_metrics(run)
+    assert longer[:3] == rows and len(longer) == 4
+    for path in [run / "metrics.csv", *run.glob("events.*")]:
+        path.unlink()
+    assert run_script("--resume run --total-timesteps 1000")[0] == 0
+    assert [row["iteration"] for row in read_metrics(run)] == ["5"]
+    assert EventAccumulator(str(run)).Reload().Scalars("charts/episodic_return")[0].step == 1000
+
+
+@pytest.mark.parametrize("moment", [0.05, 0.3, 0.8, 1.5])
+def test_ctrl_c_before_training_is_quiet(moment, tiny, tmp_path):
+    process = start(MPE, tmp_path, f"{TINY[MPE]} --total-timesteps 100000000 --run-dir run")
+    time.sleep(moment)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode in (-2, 130) and "Traceback" not in err
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    """In the middle of an iteration that would take very long."""
+    flags = f"{TINY[MPE]} --total-timesteps 100000000 --num-envs 4000 --update-epochs 10000 --run-dir run"
+    process = start(MPE, tmp_path, flags)
+    while not (tmp_path / "run" / "metrics.csv").exists():
+        time.sleep(0.1)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # it finishes the iteration
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == -2 and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -367,9 +505,10 @@ def test_resume_refuses_what_is_not_a_run(run_script, tiny, tmp_path):
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run(script, flags, loss, run_script, tiny, tmp_path):
-    code, _, err = run_script(f"{tiny} --checkpoint-every 1 {flags} --run-dir run")
+    code, _, err = run_script(f"{tiny} {flags} --run-dir run")
     assert code == 1 and len(err.splitlines()) == 1
     assert re.search(rf"{loss} is .*iteration \d", err)
+    assert "checkpoint" not in err and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("factor", ["nan", "inf"])
@@ -386,33 +525,44 @@ def test_the_last_good_checkpoint_survives_a_bad_loss(factor, run_script, tiny, 
 
     monkeypatch.setattr("torch.nn.functional.mse_loss", bad_loss)
     code, _, err = run_script("--resume run --total-timesteps 1000")
-    assert code == 1 and len(err.splitlines()) == 1 and "iteration 4" in err
+    assert code == 1 and len(err.splitlines()) == 1 and "iteration 4" in err and "the last checkpoint is kept" in err
     assert checkpoint.read_bytes() == good
     assert not (tmp_path / "run" / "summary.json").exists()  # that of the shorter run no longer holds
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(script, tiny, tmp_path):
+    """A limit on the size of files stands in for the disk; it binds where checkpoint.pt has grown beyond it."""
+    run = tmp_path / "run"
+    assert start(script, tmp_path, f"{tiny} --run-dir run").wait(120) == 0
+    good = (run / "checkpoint.pt").read_bytes()
+    code = f"import resource, runpy, sys; sys.path.insert(0, '{ROOT}')\n"
+    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, 2 * [{len(good) - 100}])\n"
+    code += f"sys.argv = ['{script}', '--resume', 'run', '--total-timesteps', '1000']\n"
+    code += f"runpy.run_path('{ROOT / script}', run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and len(errors(result.stderr)) == 1
+    assert result.stderr.startswith("error: ") and result.stderr.endswith("; the last checkpoint is kept\n")
+    assert (run / "checkpoint.pt").read_bytes() == good and not list(run.glob("*.tmp"))
+
+
+def errors(stderr: str) -> list[str]:
+    """The lines on stderr but for warnings of packages."""
+    return [line for line in stderr.splitlines() if "arning" not in line and not line.startswith("  ")]
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(run_script, tiny, no_pictures, monkeypatch, tmp_path):
     assert run_script(f"{tiny} --run-dir run")[0] == 0
     good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
 
-    def die_half_way(state, path):
-        path.write_bytes(b"half")
+    def die_half_way(state, file):
+        file.write(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr("torch.save", die_half_way)
     with pytest.raises(OSError, match="no space"):
         run_script("--resume run --total-timesteps 1000")
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
-
-
-def test_a_run_may_move_to_another_kind_of_device(run_script, tiny, no_pictures, tmp_path):
-    """Its generators cannot move along, so it goes on with others."""
-    assert run_script(f"{tiny} --run-dir run")[0] == 0
-    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    other = {"generator": torch.zeros(16, dtype=torch.uint8), "device": "other"}
-    torch.save(checkpoint | other | {"env_generator": other["generator"]}, tmp_path / "run" / "checkpoint.pt")
-    assert run_script("--resume run --total-timesteps 1000")[0] == 0
-    assert len(read_metrics(tmp_path / "run")) == 5
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -470,25 +620,31 @@ def test_importing_the_script_runs_nothing(script, tmp_path):
 
 
 def test_scripts_share_their_classes_and_functions_word_for_word():
-    """A class or function of the same name has the same syntax tree in all scripts. Args differ: their defaults do."""
+    """A class or function of the same name has the same syntax tree in all scripts.
+
+    But for the flags, and what evaluate.py asks every script for by one name.
+    """
+    differ = ("Args", "make_env", "make_parallel_env", "make_networks")
     seen: dict[str, tuple[str, str]] = {}
     for path in sorted(ROOT.glob("stas_*.py")):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name != "Args":
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name not in differ:
                 script, tree = seen.setdefault(node.name, (path.name, ast.dump(node)))
                 assert tree == ast.dump(node), f"{node.name} differs between {script} and {path.name}"
     assert {"Decomposer", "ShapleyAttention", "compute_gae"} <= set(seen)
 
 
 def test_help_documents_every_flag(script):
-    result = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
+    columns = {"COLUMNS": "200", "PATH": ""}
+    result = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, env=columns)
     assert result.returncode == 0
+    options = dict(re.findall(r"--([a-z-]+)(?:,| [^ ]+)  ?(.*)", result.stdout.replace("│", "")))
     for field in fields(MODULES[script].Args):
-        assert field.name.replace("_", "-") in result.stdout
-    tree = ast.parse((ROOT / script).read_text())
-    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
-    for declaration, docstring in zip(body[::2], body[1::2], strict=True):
-        assert isinstance(declaration, ast.AnnAssign) and isinstance(docstring.value.value, str)
+        name = field.name.replace("_", "-")
+        assert name in result.stdout
+        text = result.stdout.split(f"--{name}")[1].split("(default:")[0]
+        assert len(re.findall(r"[a-z]{2,}", text)) >= 2, f"--{name} is not explained"
+    assert options
 
 
 @pytest.mark.parametrize("script", [ALICEBOB], indirect=True)
@@ -528,16 +684,18 @@ def test_correlations_against_a_replay_of_the_stored_episodes(script, run_script
     assert run_script(f"{tiny} --coalition exact --run-dir run")[0] == 0
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     obs, act = (checkpoint["buffer"]["data"][name][-8:] for name in ("obs", "act"))  # 24 episodes in a ring of 12
-    decomposer = Decomposer(18, 5, 3, 25, emb_dim=8, num_heads=2, num_layers=1, coalition="exact")
+    flags = json.loads((tmp_path / "run" / "config.json").read_text())["flags"]
+    args = stas_ippo_mpe.Args(**flags)
+    _, decomposer = stas_ippo_mpe.make_networks(args, stas_ippo_mpe.make_env(args, num_envs=1))
     decomposer.load_state_dict(checkpoint["decomposer"])
     with torch.no_grad():
         credits = decomposer(obs, act, torch.ones(8, 25, dtype=torch.bool)).double().numpy()
     reward, shares = np.zeros((8, 25)), np.zeros((8, 25, 3))
     for t in range(25):
         env = make("spread", 8, 3)
-        env.agent_vel, env.agent_pos = obs[:, t, :, 0:2], obs[:, t, :, 2:4]
-        env.landmark_pos = env.agent_pos[:, :1] + obs[:, t, 0, 4:10].view(8, 3, 2)
-        reward[:, t] = env.step(act[:, t])[1]
+        env.agent_vel, env.agent_pos = obs[:, t, :, 0:2].float(), obs[:, t, :, 2:4].float()
+        env.landmark_pos = env.agent_pos[:, :1] + obs[:, t, 0, 4:10].float().view(8, 3, 2)
+        reward[:, t] = env.step(act[:, t].long())[1]
         shares[:, t] = env.shapley_reward()
 
     def correlation(x: np.ndarray, y: np.ndarray, axis: int) -> float:
@@ -546,5 +704,5 @@ def test_correlations_against_a_replay_of_the_stored_episodes(script, run_script
 
     last = read_metrics(tmp_path / "run")[-1]
     when, who = correlation(credits.sum(axis=2), reward, 1), correlation(credits, shares, 2)
-    assert float(last["decomposer/reward_correlation"]) == pytest.approx(when, abs=1e-3)
-    assert float(last["decomposer/shapley_correlation"]) == pytest.approx(who, abs=1e-3)
+    assert float(last["decomposer/reward_correlation"]) == pytest.approx(when, abs=0.01)
+    assert float(last["decomposer/shapley_correlation"]) == pytest.approx(who, abs=0.01)
