@@ -1,4 +1,4 @@
-"""Every Alice & Bob figure and table of the README: how reliably and how fast each kind of credit finds the treasure.
+"""The Alice & Bob table: how reliably and how fast each kind of credit finds the treasure.
 
     python benchmark/alicebob.py                  # all runs that are still missing, then the tables and the figure
     python benchmark/alicebob.py --variants stas  # only these
@@ -12,11 +12,12 @@ import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.figure
 import numpy as np
 import tyro
-from common import RESULTS, append, read, run_all, train
+from common import RESULTS, append, check_flags, read, run_all, train
 
 VARIANTS = {  # name: flags, seeds
     "stas": ("", 10),
@@ -31,7 +32,7 @@ PASSED = 0.9
 
 @dataclass
 class Args:
-    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
+    variants: list[Literal[tuple(VARIANTS)]] = field(default_factory=lambda: list(VARIANTS))
     """rows of the table to run"""
     seeds: int | None = None
     """seeds 1 to this (default: as many as the table needs)"""
@@ -43,6 +44,8 @@ class Args:
     """more flags for every run"""
     results: Path = RESULTS
     """folder of the results; give another one along with --flags"""
+    keep: bool = False
+    """keep the run folders, in runs/ below the results, for TensorBoard and evaluate.py"""
     report: bool = False
     """run nothing"""
 
@@ -74,7 +77,8 @@ def run(args: Args, variant: str, seed: int) -> None:
     key = {"variant": variant, "seed": seed, "threads": args.threads}
     append(args.results / "alicebob_curves.csv", [key | {k: row[v] for k, v in columns.items()} for row in metrics])
     append(args.results / "alicebob.csv", [result])
-    shutil.rmtree(run_dir)
+    if not args.keep:
+        shutil.rmtree(run_dir)
     print(result, flush=True)
 
 
@@ -85,7 +89,7 @@ def spread(values: list[float], form: str = "{:.2f}") -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """The README's table: medians over seeds with ranges. A run that never passed 0.9 counts as later than all."""
+    """Medians over seeds with ranges. A run that never passed 0.9 counts as later than all."""
     head = "credit | final rate >= 0.9 | final treasure rate | episode length | thousand steps to 0.9 | seconds to 0.9"
     lines = [f"| {head} |", "|---|---|---|---|---|---|"]
     for variant in VARIANTS:
@@ -125,7 +129,7 @@ def draw(curves: list[dict], path: Path) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    args.results.mkdir(parents=True, exist_ok=True)
+    check_flags(args)
     rows = read(args.results / "alicebob.csv")
     done = {(row["variant"], int(row["seed"]), int(row["threads"]), row["flags"]) for row in rows}
     wanted = [(name, seed) for name in args.variants for seed in range(1, (args.seeds or VARIANTS[name][1]) + 1)]
@@ -133,6 +137,7 @@ if __name__ == "__main__":
     if not args.report:
         run_all(partial(run, args), wanted, args.workers)
     rows = sorted(read(args.results / "alicebob.csv"), key=lambda row: int(row["seed"]))
+    rows = [row for row in rows if row["flags"] == flags_of(args, row["variant"])]  # never two settings in one row
     for threads in sorted({row["threads"] for row in rows}):
         print(f"\n{threads} CPU threads a run:\n\n{table([row for row in rows if row['threads'] == threads])}")
         for variant in VARIANTS:

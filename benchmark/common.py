@@ -2,12 +2,13 @@
 
 import csv
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,39 @@ def run_all(run, jobs: list[tuple], workers: int) -> None:
             raise
 
 
+def check_flags(args) -> None:
+    """End with one line on --flags that would go into the published results; make the folder of the results."""
+    if getattr(args, "flags", "") and args.results.resolve() == RESULTS:
+        sys.exit(f"error: --flags {args.flags}: must come with a --results folder of its own")
+    args.results.mkdir(parents=True, exist_ok=True)
+
+
+def check_seeds(args) -> None:
+    """`check_flags`, and end with one line on seeds of which no interval can be given."""
+    if not 1 <= len(set(args.seeds)) == len(args.seeds) <= max(T_95):
+        sys.exit(f"error: --seeds {' '.join(map(str, args.seeds))}: must be 1 to {max(T_95)} different seeds")
+    check_flags(args)
+
+
+def in_processes(function, jobs: list[tuple], workers: int, path: Path, fresh: bool = False) -> None:
+    """Append the rows of function(*job) to a CSV file for every job, `workers` at a time (`fresh`: a process each)."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1 if fresh else None) as pool:
+        try:
+            for future in as_completed([pool.submit(function, *job) for job in jobs]):
+                append(path, future.result())
+                print(*future.result(), sep="\n", flush=True)
+        except BaseException:  # stop at the first failure, or at Ctrl-C
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def missing(path: Path, keys: tuple[str, ...], jobs: list[tuple]) -> list[tuple]:
+    """The jobs of which a CSV file has no row; `keys` names the columns that tell them apart."""
+    done = {tuple(row[key] for key in keys) for row in read(path)}
+    return [job for job in dict.fromkeys(jobs) if tuple(map(str, job)) not in done]
+
+
 def train(script: str, flags: list[str], run_dir: Path, threads: int = 1) -> tuple[list[dict], dict]:
     """One training run in a new `run_dir`: the rows of its metrics.csv, and its summary.json."""
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -91,3 +125,10 @@ def rates_in_turns(players: dict, turns: int, min_seconds: float) -> dict:
             if turn > 0:  # the first turn warms up
                 rates[name].append(steps_per_second)
     return {name: np.array(values) for name, values in rates.items()}
+
+
+def draw_ranges(axis, x: list[int], values: list[list[float]], style: str, color: str, label: str) -> None:
+    """A line through the means of `values`, one list for every x, with bars from the lowest to the highest."""
+    low, middle, high = (np.array([f(each) for each in values]) for f in (min, np.mean, max))
+    bars = (middle - low, high - middle)
+    axis.errorbar(x, middle, bars, fmt=style, color=color, label=label, capsize=3, markersize=3)

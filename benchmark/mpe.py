@@ -1,23 +1,24 @@
-"""The MPE table of the README: what a team earns on mpe2 after learning from each kind of credit.
+"""The table of the particle environments: what a team earns on mpe2 after learning from each kind of credit.
 
     python benchmark/mpe.py                       # all runs that are still missing, then the tables and the figure
     python benchmark/mpe.py --scenarios spread    # only these
     python benchmark/mpe.py --report              # only the tables and the figure
+    python benchmark/mpe.py --credits stas --flags="--mc-samples 20" --results /tmp/mc20    # another setting
 
-Each run is a call of stas_ippo_mpe.py. Its row is appended to benchmark/results/mpe.csv and its curve to mpe_curves.csv
-as soon as it ends, so the benchmark can be stopped and started at any time.
+Each run is a call of a script. Its row is appended to benchmark/results/mpe.csv and its curve to mpe_curves.csv as soon
+as it ends, so the benchmark can be stopped and started at any time.
 """
 
 import shutil
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.figure
 import numpy as np
 import tyro
-from common import RESULTS, T_95, append, interval, late, read, run_all, train
+from common import RESULTS, append, check_seeds, interval, late, read, run_all, train
 
 CREDITS = {  # name: flags
     "stas": "",
@@ -34,12 +35,16 @@ ONLY_IN_SPREAD = ("stas, conserve none", "shapley", "difference")
 
 @dataclass
 class Args:
-    scenarios: list[str] = field(default_factory=lambda: ["spread", "tag"])
+    scenarios: list[Literal["spread", "tag", "push"]] = field(default_factory=lambda: ["spread", "tag"])
     """scenarios to run"""
-    credits: list[str] = field(default_factory=lambda: list(CREDITS))
+    credits: list[Literal[tuple(CREDITS)]] = field(default_factory=lambda: list(CREDITS))
     """rows of the table to run"""
+    script: Literal["stas_ippo_mpe.py", "stas_ml_ippo_mpe.py"] = "stas_ippo_mpe.py"
+    """what to run: STAS or STAS-ML"""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
     """seeds to run, at most 10"""
+    keep: bool = False
+    """keep the run folders, in runs/ below the results, for TensorBoard and evaluate.py"""
     workers: int = 2
     """runs side by side, one CPU thread each"""
     flags: str = ""
@@ -57,11 +62,11 @@ def flags_of(args: Args, scenario: str, credit: str) -> str:
 def run(args: Args, scenario: str, credit: str, seed: int) -> None:
     """One training run; its row and its curve go into the results."""
     flags = flags_of(args, scenario, credit).split()
-    run_dir = args.results / "runs" / f"{scenario}-{credit.replace(', ', '-').replace(' ', '_')}-{seed}"
-    metrics, summary = train("stas_ippo_mpe.py", ["--seed", str(seed), *flags], run_dir)
-    key = {"scenario": scenario, "credit": credit, "seed": seed}
+    name = f"{args.script.removesuffix('.py')}-{' '.join(flags).replace('--', '').replace(' ', '_')}-{seed}"
+    run_dir = args.results / "runs" / name
+    metrics, summary = train(args.script, ["--seed", str(seed), *flags], run_dir)
+    key = {"script": args.script, "scenario": scenario, "credit": credit, "seed": seed, "flags": " ".join(flags)}
     result = key | {
-        "flags": " ".join(flags),
         "return": round(summary["eval/episodic_return"], 3),
         "random_return": round(summary["random/episodic_return"], 3),
         "training_return": late(metrics, "charts/episodic_return"),
@@ -78,7 +83,8 @@ def run(args: Args, scenario: str, credit: str, seed: int) -> None:
     thin = metrics[:: max(1, len(metrics) // 40)]
     append(args.results / "mpe_curves.csv", [key | {k: row[v] for k, v in columns.items()} for row in thin])
     append(args.results / "mpe.csv", [result])
-    shutil.rmtree(run_dir)
+    if not args.keep:
+        shutil.rmtree(run_dir)
     print(result, flush=True)
 
 
@@ -88,19 +94,28 @@ def share(row: dict) -> float:
     return parts[0] / sum(parts)
 
 
+def groups(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows with the same script and flags together, in the order of CREDITS; a name tells what they differ in."""
+    order = {credit: i for i, credit in enumerate(CREDITS)}
+    found: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: (row["script"], order[row["credit"]], row["flags"], int(row["seed"]))):
+        usual = f"--scenario {row['scenario']} {CREDITS[row['credit']]}".strip()
+        ml = "STAS-ML: " if row["script"].startswith("stas_ml") else ""
+        found.setdefault(f"{ml}{row['credit']} {row['flags'].removeprefix(usual).strip()}".strip(), []).append(row)
+    return found
+
+
 def table(rows: list[dict]) -> str:
-    """The README's table of one scenario."""
+    """The table of one scenario."""
     head = (
         "credit | seeds | return on mpe2 | last training return | *when* | *who* | entropy | decomposer's share of time"
     )
     lines = [f"| {head} |", "|---" * 8 + "|"]
-    for credit in CREDITS:
-        runs = [row for row in rows if row["credit"] == credit]
-        if runs:
-            names = ("return", "training_return", "reward_correlation", "shapley_correlation", "entropy")
-            cells = [interval([float(row[name]) for row in runs if row[name]]) for name in names]
-            part = f"{np.mean([float(row['decomposer_share']) for row in runs]):.0%}"
-            lines.append(f"| {credit} | {len(runs)} | {' | '.join(cells)} | {part} |")
+    for name, runs in groups(rows).items():
+        columns = ("return", "training_return", "reward_correlation", "shapley_correlation", "entropy")
+        cells = [interval([float(row[column]) for row in runs if row[column]]) for column in columns]
+        part = f"{np.mean([float(row['decomposer_share']) for row in runs]):.0%}"
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {part} |")
     return "\n".join(lines)
 
 
@@ -109,15 +124,12 @@ def draw(curves: list[dict], rows: list[dict], path: Path) -> None:
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
     figure = matplotlib.figure.Figure(figsize=(6.5 * len(scenarios), 4.4), layout="constrained")
     for axis, scenario in zip(figure.subplots(1, len(scenarios), squeeze=False)[0], scenarios):
-        for i, credit in enumerate(CREDITS):
-            some = [row for row in curves if (row["scenario"], row["credit"]) == (scenario, credit)]
+        for i, (name, some) in enumerate(groups([row for row in curves if row["scenario"] == scenario]).items()):
             runs = [[row for row in some if row["seed"] == seed] for seed in sorted({row["seed"] for row in some})]
-            if not runs:
-                continue
             points = [sorted({float(row["step"]): float(row["return"]) for row in run}.items()) for run in runs]
             grid = np.linspace(max(p[0][0] for p in points), min(p[-1][0] for p in points), 100)
             values = np.array([np.interp(grid, *zip(*p)) for p in points])
-            axis.plot(grid / 1000, values.mean(axis=0), color=f"C{i}", label=f"{credit} ({len(runs)} seeds)")
+            axis.plot(grid / 1000, values.mean(axis=0), color=f"C{i}", label=f"{name} ({len(runs)} seeds)")
             axis.fill_between(
                 grid / 1000, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.1, linewidth=0
             )
@@ -130,16 +142,15 @@ def draw(curves: list[dict], rows: list[dict], path: Path) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    args.results.mkdir(parents=True, exist_ok=True)
-    if not 1 <= len(set(args.seeds)) <= max(T_95):
-        sys.exit(f"error: --seeds: must be 1 to {max(T_95)} different seeds")
-    done = {(row["flags"], row["credit"], int(row["seed"])) for row in read(args.results / "mpe.csv")}
+    check_seeds(args)
+    keys = ("script", "flags", "credit", "seed")
+    done = {tuple(row[key] for key in keys) for row in read(args.results / "mpe.csv")}
     wanted = [(scenario, credit, seed) for seed in args.seeds for scenario in args.scenarios for credit in args.credits]
     wanted = [job for job in wanted if job[0] == "spread" or job[1] not in ONLY_IN_SPREAD]
-    wanted = [job for job in wanted if (flags_of(args, *job[:2]), *job[1:]) not in done]
+    wanted = [job for job in wanted if (args.script, flags_of(args, *job[:2]), job[1], str(job[2])) not in done]
     if not args.report:
         run_all(partial(run, args), wanted, args.workers)
-    rows = sorted(read(args.results / "mpe.csv"), key=lambda row: int(row["seed"]))
+    rows = read(args.results / "mpe.csv")
     for scenario in dict.fromkeys(row["scenario"] for row in rows):
         some = [row for row in rows if row["scenario"] == scenario]
         chance = interval([float(row["random_return"]) for row in some if row["credit"] == some[0]["credit"]])

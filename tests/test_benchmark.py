@@ -3,6 +3,8 @@
 import importlib
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,14 +12,14 @@ from conftest import ROOT
 
 
 @pytest.fixture
-def shapley(monkeypatch):
+def benchmark_of(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
-    return importlib.import_module("shapley")
+    return importlib.import_module
 
 
 @pytest.mark.parametrize("kind", ["additive", "pairwise", "multiplicative"])
 @pytest.mark.parametrize("num_agents", [2, 3, 5])
-def test_shapley_values_of_the_games_by_enumeration(shapley, kind, num_agents):
+def test_shapley_values_of_the_games_by_enumeration(benchmark_of, kind, num_agents):
     given = torch.rand(num_agents, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def value(coalition: tuple[int, ...]) -> float:
@@ -30,33 +32,63 @@ def test_shapley_values_of_the_games_by_enumeration(shapley, kind, num_agents):
             return sum(products) / len(products)
         return math.prod(parts)
 
-    values = shapley.game(kind, given)
+    game = benchmark_of("shapley_games").game
+    values = game(kind, given)
     orders = list(itertools.permutations(range(num_agents)))
     for i in range(num_agents):
         before = [order[: order.index(i)] for order in orders]
         expected = sum(value((*some, i)) - value(some) for some in before) / len(orders)
         assert values[i].item() == pytest.approx(expected)
     assert values.sum().item() == pytest.approx(value(tuple(range(num_agents))))
-    batch = shapley.game(kind, given.expand(4, 2, -1))
+    batch = game(kind, given.expand(4, 2, -1))
     assert torch.allclose(batch, values.expand(4, 2, -1))
 
 
-def test_unknown_game(shapley):
+def test_unknown_game(benchmark_of):
     with pytest.raises(ValueError, match="game"):
-        shapley.game("chess", torch.ones(3))
+        benchmark_of("shapley_games").game("chess", torch.ones(3))
 
 
-def test_steps_to_pass_waits_for_a_mean_of_five(shapley):
+def test_steps_to_pass_waits_for_a_mean_of_five(benchmark_of):
+    steps_to_pass = benchmark_of("shapley_training").steps_to_pass
     returns = [-30, -30, -19, -30, -30, -19, -19, -19, -19, -19, -19]
-    assert shapley.steps_to_pass([1000 * (i + 1) for i in range(11)], returns) == 10_000
-    assert shapley.steps_to_pass([1, 2, 3, 4, 5, 6], [-10, -10, -30, -30, -30, -20.5]) == math.inf
+    assert steps_to_pass([1000 * (i + 1) for i in range(11)], returns) == 10_000
+    assert steps_to_pass([1, 2, 3, 4, 5, 6], [-10, -10, -30, -30, -30, -20.5]) == math.inf
 
 
-def test_exponent(shapley):
-    assert shapley.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+def test_exponent(benchmark_of):
+    assert benchmark_of("shapley_cost").exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
 
 
-def test_independent_coalitions_have_no_pairs(shapley):
-    masks = shapley.independent_coalitions("bernoulli", 2, 500, 4, torch.Generator().manual_seed(0))
+def test_independent_coalitions_have_no_pairs(benchmark_of):
+    masks, weights = benchmark_of("shapley_noise").independent_coalitions("bernoulli", 2, 500, 4)
+    assert weights.tolist() == [0.5, 0.5]
     both = (masks[0] == masks[1])[:, ~torch.eye(4, dtype=torch.bool)]
     assert masks.shape == (2, 500, 4, 4) and both.double().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_settings_are_never_averaged_in_silently(benchmark_of, tmp_path):
+    """Rows of other flags or another script are rows of their own; the published table takes no other flags."""
+    rows = [
+        {
+            "script": script,
+            "scenario": "tag",
+            "credit": "stas",
+            "seed": seed,
+            "flags": f"--scenario tag {flags}".strip(),
+        }
+        for script in ("stas_ippo_mpe.py", "stas_ml_ippo_mpe.py")
+        for flags in ("", "--mc-samples 20")
+        for seed in ("1", "2")
+    ]
+    names = benchmark_of("mpe").groups(rows)
+    assert {name: len(runs) for name, runs in names.items()} == dict.fromkeys(
+        ("stas", "stas --mc-samples 20", "STAS-ML: stas", "STAS-ML: stas --mc-samples 20"), 2
+    )
+    for program in ("mpe", "alicebob", "shapley_training", "shapley_noise"):
+        command = [sys.executable, str(ROOT / "benchmark" / f"{program}.py"), "--flags=--mc-samples 20"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 1 and "--results" in result.stderr and len(result.stderr.splitlines()) == 1
+    bad = [sys.executable, str(ROOT / "benchmark" / "mpe.py"), "--credits", "nonsense", "--results", str(tmp_path)]
+    result = subprocess.run(bad, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
