@@ -49,10 +49,10 @@ from evaluate import evaluate_run
 
 @dataclass
 class Args:
-    """Flags in three groups: the run, PPO (with CleanRL's names), the method."""
+    """Flags in three groups, which begin at [the run], [PPO] (with CleanRL's names) and [the method]."""
 
     # The run
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # [the run] name of the experiment
     seed: int = 1  # learner, environment and evaluation draw from three seeds derived from this one
     torch_deterministic: bool = True  # use deterministic torch algorithms only
     cuda: bool = False  # train on a CUDA device if there is one
@@ -68,7 +68,7 @@ class Args:
     eval_episodes: int = 100  # episodes of the final evaluation on the PettingZoo environment
 
     # PPO
-    total_timesteps: int = 800_000  # environment steps (joint actions in running episodes) to train for
+    total_timesteps: int = 800_000  # [PPO] environment steps (joint actions in running episodes) to train for
     num_envs: int = 512  # episodes per iteration, played side by side
     learning_rate: float = 1e-3  # learning rate of the policy and the critic (Adam)
     anneal_lr: bool = True  # decay the learning rate of the policy and the critic linearly to zero
@@ -89,8 +89,8 @@ class Args:
 
     # The method
     credit: Literal["stas", "temporal", "uniform", "episodic", "dense"] = "stas"
-    """what the agents learn from. stas: learned credits. In equal shares, temporal: credits learned with attention over
-    time only; uniform: R / episode length at every step; episodic: R at the last step (plain PPO on the delayed
+    """[the method] what the agents learn from. stas: learned credits. In equal shares, temporal: credits learned with
+    attention over time only; uniform: R / length at every step; episodic: R at the last step (plain PPO on the delayed
     return); dense: the true reward of every step, an oracle, as the method may not see it"""
     conserve: Literal["none", "terminal", "uniform"] = "terminal"
     """where the leftover, R - sum of learned credits, goes in equal shares: nowhere (none, the paper), to the last step

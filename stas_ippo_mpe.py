@@ -49,10 +49,10 @@ from evaluate import evaluate_run
 
 @dataclass
 class Args:
-    """Flags in four groups: the run, the environment, PPO (with CleanRL's names), the method."""
+    """Flags in four groups, which begin at [the run], [the environment], [PPO] (with CleanRL's names), [the method]."""
 
     # The run
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of the experiment, part of the run folder's name
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # [the run] name of the experiment
     seed: int = 1  # learner, environment and evaluation draw from three seeds derived from this one
     torch_deterministic: bool = True  # use deterministic torch algorithms only
     cuda: bool = False  # train on a CUDA device if there is one
@@ -69,7 +69,7 @@ class Args:
 
     # The environment
     scenario: Literal["spread", "tag", "push"] = "spread"
-    """cooperative navigation, predator-prey (the predators learn), or cooperative push"""
+    """[the environment] cooperative navigation, predator-prey (the predators learn), or cooperative push"""
     num_agents: int = 3  # agents that learn, N
     continuous_actions: bool = False  # actions are the strengths of the five moves, from 0 to 1, instead of one of them
     num_agent_neighbors: int | None = None
@@ -80,7 +80,7 @@ class Args:
     num_obstacles: int | None = None  # obstacles in tag (None: 2 up to 3 agents, 3 up to 6, then 5)
 
     # PPO
-    total_timesteps: int = 600_000  # environment steps (joint actions) to train for
+    total_timesteps: int = 600_000  # [PPO] environment steps (joint actions) to train for
     num_envs: int = 128  # episodes per iteration, played side by side
     learning_rate: float = 1e-3  # learning rate of the policy and the critic (Adam)
     anneal_lr: bool = True  # decay the learning rate of the policy and the critic linearly to zero
@@ -101,8 +101,8 @@ class Args:
 
     # The method
     credit: Literal["stas", "temporal", "uniform", "episodic", "dense", "shapley", "difference"] = "stas"
-    """what the agents learn from. stas: learned credits. In equal shares, temporal: credits learned with attention over
-    time only; uniform: R / episode length at every step; episodic: R at the last step (plain PPO on the delayed
+    """[the method] what the agents learn from. stas: learned credits. In equal shares, temporal: credits learned with
+    attention over time only; uniform: R / length at every step; episodic: R at the last step (plain PPO on the delayed
     return). Oracles, which the method may not see: dense, the true reward of every step in equal shares; in spread its
     exact Shapley values (shapley), and what it would lose without the agent (difference)"""
     conserve: Literal["none", "terminal", "uniform"] = "terminal"

@@ -1,4 +1,4 @@
-"""Every command and snippet of the README is run, the long ones with only their budget reduced."""
+"""Every command of the README and of the benchmarks' is run, the long ones with only their budget reduced."""
 
 import re
 import shlex
@@ -8,19 +8,21 @@ import sys
 import pytest
 from conftest import ALICEBOB, MPE, ROOT, TINY
 
-README = (ROOT / "README.md").read_text()
+README, BENCHMARKS = ((ROOT / name).read_text() for name in ("README.md", "benchmark/README.md"))
 COMMANDS = [
     line.removeprefix("pip install -r requirements.txt && ")
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", README + BENCHMARKS, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
     if line and not line.startswith("#")
 ]
+COMMANDS = list(dict.fromkeys(COMMANDS))
 
 
 def test_the_first_two_set_up_commands_are_the_main_job_and_the_tests():
     one_liners = [line for line in README.splitlines() if line.startswith("pip install")]
     assert len(one_liners) == 2
     assert "python stas_ippo_" in one_liners[0] and "pytest" in one_liners[1]
+    assert len(README.splitlines()) <= 200
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python stas_")])
@@ -39,15 +41,17 @@ def test_training_commands(command, run_script, no_pictures, tmp_path):
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python benchmark/")])
 def test_benchmark_commands(command, tmp_path):
     small = {
-        "benchmark/alicebob.py": ["--variants", "stas", "uniform", "--seeds", "1", f"--flags={TINY[ALICEBOB]}"],
+        "benchmark/alicebob.py": ["--variants", "stas", "--seeds", "1", f"--flags={TINY[ALICEBOB]}"],
         "benchmark/gridworld.py": ["--num-envs", "1", "8", "--turns", "1", "--min-seconds", "0.01"],
-        "benchmark/mpe.py": ["--credits", "stas", "shapley", "--seeds", "1", "2", f"--flags={TINY[MPE]}"],
+        "benchmark/mpe.py": ["--credits", "stas", "shapley", "--seeds", "1", f"--flags={TINY[MPE]}"],
         "benchmark/simulator.py": "--num-agents 3 --num-envs 1 8 --turns 1 --min-seconds 0.01".split(),
-        "benchmark/shapley.py": (
-            "--seeds 1 2 --mc-samples 5 --num-layers 1 --scenarios spread --critic-agents 3 --noise-agents 3 --draws 5 "
-            "--cost-agents 3 --cost-steps 25 --updates 2 --game-agents 2 --game-updates 3"
-        ).split()
-        + [f"--flags={TINY[MPE]}"],
+        "benchmark/shapley_training.py": [
+            *"--seeds 1 --mc-samples 5 --num-layers 1 --scenarios spread --critic-agents 3".split(),
+            f"--flags={TINY[MPE]}",
+        ],
+        "benchmark/shapley_noise.py": [*"--seeds 1 --num-agents 3 --draws 5".split(), f"--flags={TINY[MPE]}"],
+        "benchmark/shapley_cost.py": "--num-agents 3 --steps 25 --updates 2".split(),
+        "benchmark/shapley_games.py": "--seeds 1 --num-agents 2 --updates 3".split(),
     }
     _, program, *flags = shlex.split(command)
     full = [sys.executable, str(ROOT / program), *flags, *small[program], "--results", str(tmp_path)]
@@ -58,24 +62,35 @@ def test_benchmark_commands(command, tmp_path):
 
 def test_no_other_commands():
     for command in COMMANDS:
-        assert command.startswith(("python stas_", "python benchmark/", "python -m pytest"))
+        assert command.startswith(("python stas_", "python benchmark/", "python -m pytest", "python evaluate.py"))
 
 
-def test_the_snippet_that_plays_a_checkpoint(run_script, no_pictures, monkeypatch, tmp_path, capsys):
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python evaluate.py")])
+def test_evaluation_commands(command, run_script, no_pictures, tmp_path):
     assert run_script(f"{TINY[MPE]} --run-dir RUN_DIR", MPE)[0] == 0
-    monkeypatch.syspath_prepend(ROOT)
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert "tensor" in capsys.readouterr().out
+    _, program, *flags = shlex.split(command)
+    full = [sys.executable, str(ROOT / program), *flags]
+    result = subprocess.run(full, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and "10 episodes" in result.stdout, result.stderr
+
+
+def test_the_map_from_the_paper_to_the_code_points_at_the_right_lines():
+    lines = (ROOT / MPE).read_text().splitlines()
+    places = re.findall(r"`(\w+)`, line (\d+)", README)
+    assert len(places) >= 9
+    for name, number in places:
+        assert re.match(rf"(class|def) {name}\b", lines[int(number) - 1]), f"{name} is not in line {number} of {MPE}"
 
 
 def test_every_flag_and_file_that_is_named_exists():
-    sources = "".join(path.read_text() for path in [*ROOT.glob("stas_*.py"), *ROOT.glob("benchmark/*.py")])
-    assert not re.search(r"@\w+@", README)  # a place left to fill in
-    for name in set(re.findall(r"--([a-z][a-z-]+[a-z])", README)) - {"help", "logdir"}:
+    sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")])
+    both = README + BENCHMARKS
+    assert not re.search(r"@\w+@", both)  # a place left to fill in
+    for name in set(re.findall(r"--([a-z][a-z-]+[a-z])", both)) - {"help", "logdir", "index-url"}:
         assert re.search(rf"\b{name.removeprefix('no-').replace('-', '_')}: ", sources), f"--{name} is no flag"
-    for name in re.findall(r"`((?:benchmark|envs|tests|assets)/[\w./]*|\w+\.(?:py|txt|cff|toml))`", README):
+    for name in re.findall(r"`((?:benchmark|envs|tests|assets)/[\w./]*|\w+\.(?:py|txt|cff|toml))`", both):
         generated = ("checkpoint", "config", "metrics", "summary")
         assert (ROOT / name).exists() or name.startswith(generated), f"{name} does not exist"
-    for name in re.findall(r"\]\(([\w./]+)\)", README):
-        assert (ROOT / name).exists(), f"{name} does not exist"
+    for folder, text in ((ROOT, README), (ROOT / "benchmark", BENCHMARKS)):
+        for name in re.findall(r"\]\(([\w./]+)\)", text):
+            assert (folder / name).exists(), f"{name} does not exist"

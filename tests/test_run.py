@@ -117,6 +117,31 @@ def test_same_seed_same_numbers(run_script, tiny, no_pictures, tmp_path):
     assert all(summaries[0][key] == summaries[1][key] for key in keys)
 
 
+def test_to_look_changes_nothing(script, run_script, tiny, no_pictures, tmp_path):
+    """Diagnostics that draw more random numbers leave every other number as it was."""
+    (tmp_path / "curious").mkdir()
+    source = (ROOT / script).read_text()
+    for old, new in (
+        (
+            "                predicted = decompose(",
+            "                torch.rand(3)\n                predicted = decompose(",
+        ),
+        ("for _ in range(4)]", "for _ in range(9)]"),
+    ):
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (tmp_path / "curious" / script).write_text(source)
+    assert run_script(f"{tiny} --run-dir plain")[0] == 0
+    assert run_script(f"{tiny} --run-dir looked", str(tmp_path / "curious" / script))[0] == 0
+    plain, looked = (read_metrics(tmp_path / name) for name in ("plain", "looked"))
+    diagnostics = ("decomposer/credit_std", "decomposer/explained_variance")
+    assert any(row[name] != other[name] for row, other in zip(plain, looked) for name in diagnostics)
+    for row in (*plain, *looked):
+        for name in diagnostics:
+            del row[name]
+    assert plain == looked
+
+
 def start(script: str, tmp_path, flags: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *flags.split()],
@@ -635,16 +660,14 @@ def test_scripts_share_their_classes_and_functions_word_for_word():
 
 
 def test_help_documents_every_flag(script):
-    columns = {"COLUMNS": "200", "PATH": ""}
-    result = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, env=columns)
+    result = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
     assert result.returncode == 0
-    options = dict(re.findall(r"--([a-z-]+)(?:,| [^ ]+)  ?(.*)", result.stdout.replace("│", "")))
     for field in fields(MODULES[script].Args):
-        name = field.name.replace("_", "-")
-        assert name in result.stdout
-        text = result.stdout.split(f"--{name}")[1].split("(default:")[0]
-        assert len(re.findall(r"[a-z]{2,}", text)) >= 2, f"--{name} is not explained"
-    assert options
+        _, text = re.split(rf"--{field.name.replace('_', '-')}(?=[, ])", result.stdout, maxsplit=1)
+        text = text.split("(default:")[0]
+        assert len(re.findall(r"[a-z]{2,}", text)) >= 2, f"{field.name} is not explained"
+    for group in ("[the run]", "[PPO]", "[the method]"):
+        assert len(re.findall(re.escape(group), result.stdout)) == 2  # where it is announced, and where it begins
 
 
 @pytest.mark.parametrize("script", [ALICEBOB], indirect=True)
