@@ -142,11 +142,23 @@ def test_to_look_changes_nothing(script, run_script, tiny, no_pictures, tmp_path
     assert plain == looked
 
 
-def start(script: str, tmp_path, flags: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *flags.split()],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+@pytest.fixture
+def start(tmp_path):
+    """start(script, flags) -> a running process, which does not outlive the test."""
+    processes = []
+
+    def start(script: str, flags: str) -> subprocess.Popen:
+        command, pipes = (
+            [sys.executable, str(ROOT / script), *flags.split()],
+            dict.fromkeys(("stdout", "stderr"), subprocess.PIPE),
+        )
+        processes.append(subprocess.Popen(command, cwd=tmp_path, text=True, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def wait_for_rows(path, rows: int) -> None:
@@ -158,14 +170,16 @@ def wait_for_rows(path, rows: int) -> None:
 
 
 @pytest.mark.parametrize("script, more", [(ALICEBOB, ""), (MPE, ""), (ML, "--scenario tag --continuous-actions")])
-def test_interrupted_runs_continue_as_if_nothing_had_happened(script, more, run_script, tiny, no_pictures, tmp_path):
+def test_interrupted_runs_continue_as_if_nothing_had_happened(
+    script, more, start, run_script, tiny, no_pictures, tmp_path
+):
     long = tiny.replace("--total-timesteps 600", f"--total-timesteps 7600 --checkpoint-every 4 {more}")
     assert run_script(f"{long} --run-dir whole")[0] == 0
     whole = read_metrics(tmp_path / "whole")
     # SIGKILL comes without warning, between two checkpoints; the others finish the iteration and save.
     for signum, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)):
         run = tmp_path / signum.name
-        process = start(script, tmp_path, f"{long} --run-dir {run.name}")
+        process = start(script, f"{long} --run-dir {run.name}")
         wait_for_rows(run / "metrics.csv", 10)
         process.send_signal(signum)
         _, err = process.communicate(timeout=60)
@@ -498,18 +512,18 @@ def test_lost_logs_do_not_keep_a_run_from_going_on(run_script, tiny, no_pictures
 
 
 @pytest.mark.parametrize("moment", [0.05, 0.3, 0.8, 1.5])
-def test_ctrl_c_before_training_is_quiet(moment, tiny, tmp_path):
-    process = start(MPE, tmp_path, f"{TINY[MPE]} --total-timesteps 100000000 --run-dir run")
+def test_ctrl_c_before_training_is_quiet(moment, start):
+    process = start(MPE, f"{TINY[MPE]} --total-timesteps 100000000 --run-dir run")
     time.sleep(moment)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode in (-2, 130) and "Traceback" not in err
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path):
+def test_a_second_ctrl_c_ends_at_once(start, tmp_path):
     """In the middle of an iteration that would take very long."""
     flags = f"{TINY[MPE]} --total-timesteps 100000000 --num-envs 4000 --update-epochs 10000 --run-dir run"
-    process = start(MPE, tmp_path, flags)
+    process = start(MPE, flags)
     while not (tmp_path / "run" / "metrics.csv").exists():
         time.sleep(0.1)
     time.sleep(1.5)
@@ -555,10 +569,10 @@ def test_the_last_good_checkpoint_survives_a_bad_loss(factor, run_script, tiny, 
     assert not (tmp_path / "run" / "summary.json").exists()  # that of the shorter run no longer holds
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(script, tiny, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(script, start, tiny, tmp_path):
     """A limit on the size of files stands in for the disk; it binds where checkpoint.pt has grown beyond it."""
     run = tmp_path / "run"
-    assert start(script, tmp_path, f"{tiny} --run-dir run").wait(120) == 0
+    assert start(script, f"{tiny} --run-dir run").wait(120) == 0
     good = (run / "checkpoint.pt").read_bytes()
     code = f"import resource, runpy, sys; sys.path.insert(0, '{ROOT}')\n"
     code += f"resource.setrlimit(resource.RLIMIT_FSIZE, 2 * [{len(good) - 100}])\n"
