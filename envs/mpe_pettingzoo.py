@@ -188,7 +188,7 @@ def draw(env: ParticleEnv, pixels: int = 500, reach: float = 1.5) -> np.ndarray:
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
         pen.text((x, y), text, fill="white", font=ImageFont.load_default(1.3 * radius), anchor="mm")
 
-    landmark_size = {"SimpleTag": 0.2, "CooperativePush": 0.05}.get(type(env).__name__, 0.05)
+    landmark_size = SimpleTag.obstacle_size if isinstance(env, SimpleTag) else CooperativePush.target_size
     for pos in env.landmark_pos[0]:
         disc(pos, landmark_size, (90, 90, 90))
     for pos in getattr(env, "prey_pos", torch.empty(1, 0, 2))[0]:
