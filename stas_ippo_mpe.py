@@ -69,15 +69,15 @@ class Args:
 
     # The environment
     scenario: Literal["spread", "tag", "push"] = "spread"
-    """[the environment] cooperative navigation, predator-prey (the predators learn), or cooperative push"""
+    """[the environment] cooperative navigation, predator-prey (the predators learn), cooperative push"""
     num_agents: int = 3  # agents that learn, N
     continuous_actions: bool = False  # actions are the strengths of the five moves, from 0 to 1, instead of one of them
-    num_agent_neighbors: int | None = None
-    """other agents an agent sees, nearest first (None: all; 5 in spread with 15 agents)"""
-    num_landmark_neighbors: int | None = None
-    """landmarks an agent sees, nearest first (None: all; 6 in spread with 15 agents; not in push)"""
+    num_agent_neighbors: int | None = None  # others an agent sees, nearest first (None: all; 5 in spread with 15)
+    num_landmark_neighbors: int | None = None  # the same for landmarks (None: all; 6 in spread with 15; not in push)
+    nearest_first: bool = True  # in spread, list all of them by distance, an option of mpe2, instead of by name
     num_prey: int | None = None  # prey in tag (None: a third of the agents, at least 1)
     num_obstacles: int | None = None  # obstacles in tag (None: 2 up to 3 agents, 3 up to 6, then 5)
+    max_cycles: int = 25  # steps of an episode
 
     # PPO
     total_timesteps: int = 600_000  # [PPO] environment steps (joint actions) to train for
@@ -128,9 +128,9 @@ class Args:
 
 RANGES = [  # the smallest and the largest value of every number
     (0, 2**32 - 1, "seed"),
-    (0, 256, "num_threads num_obstacles"),
+    (0, 256, "num_layers num_threads num_obstacles"),
     (1, 10**12, "total_timesteps"),
-    (1, 10**6, "num_minibatches buffer_size checkpoint_every eval_episodes"),
+    (1, 10**6, "max_cycles num_minibatches buffer_size checkpoint_every eval_episodes"),
     (1, 10**5, "num_envs decomposer_batch_size"),
     (1, 10**4, "update_epochs decomposer_updates"),
     (1, 1024, "mc_samples emb_dim"),
@@ -152,7 +152,11 @@ METRICS = (  # the columns of metrics.csv
 
 def env_options(args: Args) -> dict:
     names = "scenario num_agents continuous_actions num_agent_neighbors num_landmark_neighbors num_prey num_obstacles"
-    return {name: getattr(args, name) for name in names.split()}
+    options = {name: getattr(args, name) for name in (names + " max_cycles").split()}
+    if args.nearest_first and args.scenario == "spread" and args.num_agents != 15:  # with 15 the defaults do so anyway
+        everyone = {"num_agent_neighbors": max(1, args.num_agents - 1), "num_landmark_neighbors": args.num_agents}
+        options |= {name: count for name, count in everyone.items() if options[name] is None}
+    return options
 
 
 def make_env(args: Args, num_envs: int, device: str | torch.device = "cpu"):

@@ -77,7 +77,7 @@ def nearest(offsets: torch.Tensor, k: int | None) -> tuple[torch.Tensor, torch.T
 
 
 class ParticleEnv:
-    """What the three scenarios share; see `envs/__init__.py` for the protocol. Episodes last 25 steps.
+    """What the three scenarios share; see `envs/__init__.py` for the protocol.
 
     Args:
         num_envs: E. num_agents: N, the learning agents.
@@ -86,13 +86,14 @@ class ParticleEnv:
             [0, 1]; what lies outside is clipped.
         num_agent_neighbors: how many other agents an agent sees, nearest first (None: all, in order).
         num_landmark_neighbors: the same for landmarks.
+        horizon: steps of an episode, T.
     State: agent_pos, agent_vel (E, N, 2), landmark_pos (E, L, 2); further bodies as the scenario says.
 
     A scenario adds `build`, which sets `physics`, `reset_state`, `advance(force)` with what drives the agents
     (E, N, 2), `observe`, `team_reward` (E,) and `touching` (E, N): how many bodies that matter each agent touches.
     """
 
-    horizon, num_actions = HORIZON, len(MOVES)
+    num_actions = len(MOVES)
     event_names = {1: "o"}  # marks in pictures of the credits
     accel = 5.0  # force of an action
 
@@ -105,8 +106,10 @@ class ParticleEnv:
         continuous_actions: bool = False,
         num_agent_neighbors: int | None = None,
         num_landmark_neighbors: int | None = None,
+        horizon: int = HORIZON,
     ):
         self.num_envs, self.num_agents, self.continuous = num_envs, num_agents, continuous_actions
+        self.horizon = horizon
         self.num_agent_neighbors, self.num_landmark_neighbors = num_agent_neighbors, num_landmark_neighbors
         self.device, self.dtype = torch.device(device), dtype
         self.generator = torch.Generator(self.device)
@@ -387,11 +390,12 @@ def make(
     num_landmark_neighbors: int | None = None,
     num_prey: int | None = None,
     num_obstacles: int | None = None,
+    max_cycles: int = HORIZON,
 ) -> ParticleEnv:
     """A batched environment by name: "spread", "tag" or "push". Only tag has num_prey and num_obstacles.
 
-    None means the default: agents see everything, but for the 5 nearest agents and 6 nearest landmarks in spread with
-    15 agents, the paper's setting; prey and obstacles as `SimpleTag` says.
+    None means the default: agents see everything, by name, but for the 5 nearest agents and 6 nearest landmarks in
+    spread with 15 agents, the paper's setting; prey and obstacles as `SimpleTag` says. `max_cycles` is the horizon.
     Raises:
         ValueError: for an unknown scenario, or an option the scenario does not have or cannot take.
     """
@@ -400,7 +404,7 @@ def make(
     if (scenario, num_agents) == ("spread", 15):
         num_agent_neighbors = 5 if num_agent_neighbors is None else num_agent_neighbors
         num_landmark_neighbors = 6 if num_landmark_neighbors is None else num_landmark_neighbors
-    sizes = {"num_envs": num_envs, "num_agents": num_agents}
+    sizes = {"num_envs": num_envs, "num_agents": num_agents, "max_cycles": max_cycles}
     options = {"num_agent_neighbors": num_agent_neighbors, "num_landmark_neighbors": num_landmark_neighbors}
     options |= {"num_prey": num_prey, "num_obstacles": num_obstacles}
     options = {name: value for name, value in options.items() if value is not None}
@@ -410,7 +414,7 @@ def make(
             raise ValueError(f"{name} {value}: must be left out with scenario {scenario}")
         if value < (name != "num_obstacles"):
             raise ValueError(f"{name} {value}: must be at least {int(name != 'num_obstacles')}")
-    return SCENARIOS[scenario](num_envs, num_agents, device, dtype, continuous_actions, **options)
+    return SCENARIOS[scenario](num_envs, num_agents, device, dtype, continuous_actions, horizon=max_cycles, **options)
 
 
 def make_pettingzoo(*args, **options):

@@ -208,12 +208,13 @@ def make_pettingzoo(
     num_landmark_neighbors: int | None = None,
     num_prey: int | None = None,
     num_obstacles: int | None = None,
+    max_cycles: int = HORIZON,
     render_mode: str | None = None,
 ) -> ParticleParallelEnv:
     """The game of `make` with the same options on mpe2: a PettingZoo ParallelEnv of the learning agents only."""
-    options = (continuous_actions, num_agent_neighbors, num_landmark_neighbors, num_prey, num_obstacles)
+    options = (continuous_actions, num_agent_neighbors, num_landmark_neighbors, num_prey, num_obstacles, max_cycles)
     rules = make(scenario, 1, num_agents, "cpu", torch.float64, *options)  # which checks them, and knows the defaults
-    flags = {"continuous_actions": continuous_actions, "render_mode": render_mode, "max_cycles": HORIZON}
+    flags = {"continuous_actions": continuous_actions, "render_mode": render_mode, "max_cycles": max_cycles}
     flags |= {"num_agent_neighbors": rules.num_agent_neighbors}
     if scenario == "push":
         return ParticleParallelEnv(push_parallel_env(num_agents=num_agents, **flags), rules)

@@ -15,7 +15,7 @@ from pettingzoo.test import parallel_api_test, parallel_seed_test, render_test
 from envs.mpe import SimpleSpread, distances, make, make_pettingzoo
 from envs.mpe_pettingzoo import copy_state, draw, push_parallel_env, raw_env
 from evaluate import play_episodes
-from stas_ippo_mpe import ActorCritic
+from stas_ippo_mpe import ActorCritic, Args, make_env
 
 STATE = {
     "spread": ["agent_pos", "agent_vel", "landmark_pos"],
@@ -112,6 +112,34 @@ def test_equal_to_mpe2_step_for_step(scenario, num_agents, episodes, continuous,
             touches += (distances(env.agent_pos, env.agent_pos) < 2 * env.size).sum().item() - episodes * num_agents
         assert not terminated.any()
     assert touches / (episodes * num_agents) > 0.3  # crowded: contacts per agent and episode
+
+
+@pytest.mark.parametrize("scenario", ["spread", "tag", "push"])
+def test_max_cycles_is_the_horizon_of_both(scenario):
+    env, theirs = make(scenario, 2, 3, max_cycles=7), make_pettingzoo(scenario, 3, max_cycles=7)
+    theirs.reset(seed=0)
+    for _ in range(7):
+        assert theirs.agents and env.t < env.horizon
+        env.step(torch.zeros(2, 3, dtype=torch.int64))
+        theirs.step({agent: 0 for agent in theirs.agents})
+    assert not theirs.agents and env.t == env.horizon
+
+
+def test_scripts_list_the_nearest_first_in_spread():
+    """All others and landmarks by default, the paper's numbers of them with 15 agents; by name on demand."""
+
+    def seen(**flags) -> tuple:
+        env = make_env(Args(**flags), 2)
+        return env.num_agent_neighbors, env.num_landmark_neighbors
+
+    assert seen() == (2, 3) and seen(num_agents=6) == (5, 6) and seen(num_agents=15) == (5, 6)
+    assert seen(num_agents=1) == (1, 1)
+    assert seen(num_agent_neighbors=1) == (1, 3)
+    assert seen(nearest_first=False) == (None, None) and seen(nearest_first=False, num_agent_neighbors=1) == (1, None)
+    assert seen(scenario="tag") == seen(scenario="push") == (None, None)
+    env = make_env(Args(num_agents=4), 50)
+    landmarks = env.reset(seed=0)[:, :, 4:12].view(50, 4, 4, 2)
+    assert (landmarks.norm(dim=3).diff(dim=2) >= 0).all()
 
 
 def test_neighbors_of_15_agents_in_spread_are_the_papers():
@@ -262,6 +290,7 @@ def test_continuous_actions_outside_the_range_are_clipped():
         ("tag", {"num_prey": 0}, "prey"),
         ("tag", {"num_obstacles": -1}, "obstacles"),
         ("tag", {"num_agents": 0}, "num_agents"),
+        ("push", {"max_cycles": 0}, "max_cycles"),
     ],
 )
 def test_options_that_make_no_sense(scenario, options, message):

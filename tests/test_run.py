@@ -269,6 +269,8 @@ OPTIONS_OF_MPE = {
     "continuous_actions": "yes",
     "num_agent_neighbors": "1",
     "num_landmark_neighbors": "1",
+    "nearest_first": "no",
+    "max_cycles": "7",
 }
 OPTIONS_OF_TAG = {"num_prey": "2", "num_obstacles": "0"}
 
