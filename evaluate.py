@@ -12,7 +12,9 @@ From the script that config.json names it takes `Args`, `METRICS`, `make_env`, `
 import csv
 import importlib
 import json
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,34 @@ PANELS = {  # of learning_curve.png: column of metrics.csv, label
     "decomposer/reward_correlation": "when: correlation of credits\nwith the true reward",
     "decomposer/shapley_correlation": "who: correlation of credits\nwith exact Shapley values",
 }
+
+
+def centred_correlation(x: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -> float:
+    """Pearson correlation of the valid entries of x and y (B, K), both centred within each row; nan if constant."""
+    count = valid.sum(dim=1, keepdim=True).clamp(min=1)
+    x, y = ((z - (z * valid).sum(dim=1, keepdim=True) / count) * valid for z in (x, y))
+    return ((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()).item()
+
+
+def explained_variance(predicted: torch.Tensor, true: torch.Tensor) -> float:
+    """1 - Var(true - predicted) / Var(true); nan if `true` is constant."""
+    variance = true.var(correction=0)
+    return (1 - (true - predicted).var(correction=0) / variance).item() if variance > 0 else math.nan
+
+
+def measure_credits(args, decompose: Callable, episodes: dict, credits: torch.Tensor) -> dict[str, float]:
+    """How well learned credits (E, T, N) tell when and to whom reward is due, and the noise of their coalitions.
+
+    decompose: maps episodes to their credits, with coalitions drawn afresh.
+    """
+    valid = episodes["valid"]
+    metrics = {"decomposer/reward_correlation": centred_correlation(credits.sum(2), episodes["team_reward"], valid)}
+    if args.credit == "stas" and "shapley" in episodes:
+        by_step = (x.flatten(0, 1) for x in (credits, episodes["shapley"], valid.unsqueeze(2).expand_as(credits)))
+        metrics["decomposer/shapley_correlation"] = centred_correlation(*by_step)  # rows are steps: (E T, N) each
+    few = {name: x[:32] for name, x in episodes.items()}  # to save time
+    draws = torch.stack([decompose(few) for _ in range(4)])
+    return metrics | {"decomposer/credit_std": draws.std(dim=0)[valid[:32]].mean().item()}
 
 
 @torch.no_grad()

@@ -184,7 +184,18 @@ def open_logs(args, run_dir: Path, columns: list[str], global_step: int, csv_pos
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", global_step)
     shown = sys.stderr if sys.stderr.isatty() else open(os.devnull, "w")
     options = {"unit": " steps", "unit_scale": True, "dynamic_ncols": True, "file": shown}
-    return csv_file, csv_writer, writer, tqdm(total=args.total_timesteps, initial=global_step, **options)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, **options)
+    bar.printed = time.time()
+    return csv_file, csv_writer, writer, bar
+
+
+def show_progress(bar: tqdm, global_step: int, text: str) -> None:
+    """Move the bar to `global_step`; with output that is no terminal, print it every ten seconds and at the end."""
+    bar.set_postfix_str(text, refresh=False)
+    bar.update(min(global_step, bar.total) - bar.n)
+    if not sys.stderr.isatty() and (bar.n == bar.total or time.time() - bar.printed > 10):
+        print(bar, flush=True)
+        bar.printed = time.time()
 
 
 def save_checkpoint(run_dir: Path, parts: dict, counters: tuple) -> None:
@@ -219,6 +230,7 @@ def choose_device(args) -> torch.device:
         torch.set_num_threads(args.num_threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what determinism asks of CUDA
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # to save time: nothing here reads it
     return device
 
 

@@ -35,6 +35,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -45,7 +46,7 @@ from torch.distributions import Beta, Categorical, Distribution, Independent
 
 import run_folder
 from envs.mpe import make, make_pettingzoo
-from evaluate import evaluate_run
+from evaluate import evaluate_run, explained_variance, measure_credits
 
 
 @dataclass
@@ -509,31 +510,6 @@ def compute_gae(
     return advantages, advantages + values
 
 
-def centred_correlation(x: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -> float:
-    """Pearson correlation of the valid entries of x and y (B, K), both centred within each row; nan if constant."""
-    count = valid.sum(dim=1, keepdim=True).clamp(min=1)
-    x, y = ((z - (z * valid).sum(dim=1, keepdim=True) / count) * valid for z in (x, y))
-    return ((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()).item()
-
-
-def explained_variance(predicted: torch.Tensor, true: torch.Tensor) -> float:
-    """1 - Var(true - predicted) / Var(true); nan if `true` is constant."""
-    variance = true.var(correction=0)
-    return (1 - (true - predicted).var(correction=0) / variance).item() if variance > 0 else math.nan
-
-
-def measure_credits(args, decomposer: nn.Module, episodes: dict, credits: torch.Tensor) -> dict[str, float]:
-    """How well learned credits (E, T, N) tell when and to whom reward is due, and the noise of their coalitions."""
-    valid = episodes["valid"]
-    metrics = {"decomposer/reward_correlation": centred_correlation(credits.sum(2), episodes["team_reward"], valid)}
-    if args.credit == "stas" and "shapley" in episodes:
-        by_step = (x.flatten(0, 1) for x in (credits, episodes["shapley"], valid.unsqueeze(2).expand_as(credits)))
-        metrics["decomposer/shapley_correlation"] = centred_correlation(*by_step)  # rows are steps: (E T, N) each
-    few = {name: x[:32] for name, x in episodes.items()}  # to save time
-    draws = torch.stack([decompose(args, decomposer, few) for _ in range(4)])
-    return metrics | {"decomposer/credit_std": draws.std(dim=0)[valid[:32]].mean().item()}
-
-
 if __name__ == "__main__":
     sys.excepthook = run_folder.report_error
     args, config, checkpoint = run_folder.parse_flags(Args, RANGES, __file__)
@@ -560,7 +536,7 @@ if __name__ == "__main__":
     # The run folder and the logs.
     run_dir = run_folder.open_run_dir(args, run_name, config)
     csv_file, csv_writer, writer, bar = run_folder.open_logs(args, run_dir, METRICS, global_step, csv_position)
-    start_time, last_print = time.time() - wall_time, time.time()
+    start_time = time.time() - wall_time
     signals = run_folder.catch_signals()
 
     while global_step < args.total_timesteps:
@@ -665,7 +641,7 @@ if __name__ == "__main__":
             if network is not None and not all(weights.isfinite().all() for weights in network.parameters()):
                 run_folder.fail(f"{name} is not finite in iteration {iteration}{run_folder.kept(run_dir)}", code=1)
         if decomposer is not None:
-            metrics |= measure_credits(args, decomposer, episodes, credits)
+            metrics |= measure_credits(args, partial(decompose, args, decomposer), episodes, credits)
         wall_time = time.time() - start_time
         metrics |= zip(("time/rollout", "time/decomposer", "time/ppo"), np.diff(clock))
         metrics["charts/SPS"] = round(global_step / wall_time)
@@ -675,11 +651,7 @@ if __name__ == "__main__":
         for name, value in metrics.items():
             writer.add_scalar(name, value, global_step)
         stopped, finished = bool(signals), global_step >= args.total_timesteps
-        bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.2f}", refresh=False)
-        bar.update(min(global_step, args.total_timesteps) - bar.n)
-        if not sys.stderr.isatty() and (finished or time.time() - last_print > 10):
-            print(bar, flush=True)
-            last_print = time.time()
+        run_folder.show_progress(bar, global_step, f"return {metrics['charts/episodic_return']:.2f}")
         if stopped or finished or iteration % args.checkpoint_every == 0:
             writer.flush()
             run_folder.save_checkpoint(run_dir, parts, (iteration, global_step, wall_time, csv_file.tell()))

@@ -19,8 +19,9 @@ import tyro
 from common import RESULTS, ROOT, check_seeds, draw_ranges, in_processes, missing, read
 
 sys.path.insert(0, str(ROOT))
+from evaluate import explained_variance
 from stas_ippo_mpe import Args as Flags
-from stas_ippo_mpe import Decomposer, explained_variance
+from stas_ippo_mpe import Decomposer
 from stas_ml_ippo_mpe import MLDecomposer
 
 STAS, ML = "stas_ippo_mpe.py", "stas_ml_ippo_mpe.py"

@@ -8,15 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from evaluate import centred_correlation, explained_variance
 from stas_ippo_alicebob import (
     Decomposer,
     ReplayBuffer,
     ShapleyAttention,
     TemporalLayer,
-    centred_correlation,
     conserve,
     decompose,
-    explained_variance,
     sample_coalitions,
 )
 from stas_ml_ippo_mpe import MLDecomposer
