@@ -98,8 +98,7 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest norm of the gradient of policy and critic together
     target_kl: float | None = None  # stop an iteration's policy updates beyond this KL divergence
-    critic: Literal["independent", "centralized"] = "independent"
-    """what the critic sees beside the time: the agent's own observation, or those of all agents (MAPPO)"""
+    critic: Literal["independent", "centralized"] = "independent"  # it sees its agent's observation, or all (MAPPO)
 
     # The method
     credit: Literal["stas", "temporal", "uniform", "episodic", "dense", "shapley", "difference"] = "stas"
@@ -110,19 +109,21 @@ class Args:
     conserve: Literal["none", "terminal", "uniform"] = "terminal"
     """where the leftover, R - sum of learned credits, goes in equal shares: nowhere (none, the paper), to the last step
     (terminal), or to all steps (uniform)"""
+    own_share: float = 1.0  # part of an agent's credit that it is paid itself; all agents share the rest equally
     mc_samples: int = 5  # coalitions drawn per agent, step and block, M
     coalition: Literal["bernoulli", "permutation", "exact", "all"] = "bernoulli"
     """who is in an agent's coalitions. bernoulli: each other agent with probability 1/2 (the paper); permutation: those
     before it in a random order (Shapley's weights); exact: all coalitions with Shapley's weights (up to 8 agents); all:
     everyone always, which is plain attention"""
-    emb_dim: int = 64  # width of the decomposer, D
-    num_heads: int = 4  # attention heads of the decomposer
+    embedding: Literal["mlp", "linear"] = "mlp"  # of what the decomposer reads: a hidden layer of 4 D, or none (paper)
+    emb_dim: int = 32  # width of the decomposer, D
+    num_heads: int = 1  # attention heads of the decomposer
     num_layers: int = 2
     """blocks of the decomposer, each a temporal layer and Shapley attention (1: as STAS with one temporal layer)"""
     attention_window: int = 0  # steps each layer of temporal attention looks back on, the present one included (0: all)
     decomposer_lr: float = 3e-3  # learning rate of the decomposer (Adam)
-    decomposer_batch_size: int = 128  # episodes per decomposer update
-    decomposer_updates: int = 4  # decomposer updates per iteration
+    decomposer_batch_size: int = 32  # episodes per decomposer update
+    decomposer_updates: int = 64  # decomposer updates per iteration
     buffer_size: int = 16_384  # episodes the replay buffer holds
     learning_starts: int = 0  # episodes collected before the policy learns from those of an iteration
     reward_scale: float | None = None
@@ -142,7 +143,7 @@ RANGES = [  # the smallest and the largest value of every number
     (1e-12, 1e38, "learning_rate decomposer_lr"),
     (1e-12, 1e9, "clip_coef max_grad_norm target_kl reward_scale"),
     (0, 1e9, "ent_coef vf_coef"),
-    (0, 1, "gamma gae_lambda"),
+    (0, 1, "gamma gae_lambda own_share"),
 ]
 METRICS = (  # the columns of metrics.csv
     "iteration global_step wall_time charts/episodic_return charts/episodic_length "
@@ -223,6 +224,9 @@ class TemporalLayer(nn.Module):
         self.qkv = nn.Linear(emb_dim, 3 * emb_dim)
         self.proj = nn.Linear(emb_dim, emb_dim)
         self.mlp = nn.Sequential(nn.Linear(emb_dim, 2 * emb_dim), nn.ReLU(), nn.Linear(2 * emb_dim, emb_dim))
+        for layer in (self.proj, self.mlp[2]):  # at first a step passes as it is: the past comes in where it pays
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)"""
@@ -261,20 +265,45 @@ class ShapleyAttention(nn.Module):
     def forward(self, x: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x (B, N, D), masks (M, B or 1, N, N) bool, weights (M,) that sum to 1 -> phi (B, N, D)"""
         B, N, D = x.shape
-        x = x + self.identity
-        query = torch.einsum("bnd,nde->bne", x, self.query)
+        x = x.transpose(0, 1) + self.identity.unsqueeze(1)  # (N, B, D), the order of the decomposer's tokens in memory
+        query = x @ self.query
         key, value = self.key_value(x).chunk(2, dim=-1)
-        query, key, value = (y.view(B, N, self.num_heads, -1).transpose(1, 2) for y in (query, key, value))
-        scores = query @ key.transpose(-2, -1) / math.sqrt(key.shape[-1])  # (B, H, N, N)
+        query, key, value = (y.view(N, B, self.num_heads, -1).permute(1, 2, 0, 3) for y in (query, key, value))
+        # There are few agents and many steps: what follows for each pair of agents i, j has the steps as inner axes.
+        scores = (query @ key.transpose(-2, -1) / math.sqrt(key.shape[-1])).permute(2, 3, 0, 1)  # (N, N, B, H)
         # A factor of e_i cancels in P_i. Relative to the agent's own score, its own e is 1, and in every coalition: no
         # sum is too small to divide by. The clamp prevents overflow; it binds beyond differences of 40.
-        own = scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        e = (scores - own).clamp(-40, 40).exp().transpose(1, 2)  # (B, N, H, N)
-        masks = masks.permute(1, 2, 0, 3).to(x.dtype, memory_format=torch.contiguous_format)  # (B or 1, N, M, N)
-        norm = torch.einsum("bihj,bimj->bihm", e, masks)  # (B, N, H, M), sum_{k in C_m} e_ik
-        P_over_e = torch.einsum("bihm,bimj->bihj", weights.to(x) / norm, masks)  # sum_m w_m 1[j in C_m] / norm_im
-        P = (e * P_over_e).transpose(1, 2)  # (B, H, N, N)
-        return self.proj((P @ value).transpose(1, 2).reshape(B, N, D))
+        own = scores.diagonal().permute(2, 0, 1).unsqueeze(1)  # (N, 1, B, H)
+        e = (scores - own).clamp(-40, 40).exp()
+        masks = masks.permute(0, 2, 3, 1).unsqueeze(-1).to(x.dtype, memory_format=torch.contiguous_format)
+        norm = (e * masks).sum(dim=2, keepdim=True)  # (M, N, 1, B, H), sum_{k in C_m} e_ik
+        P = e * (weights.to(x).view(-1, 1, 1, 1, 1) / norm * masks).sum(dim=0)  # (N, N, B, H)
+        attended = (P.permute(2, 3, 0, 1) @ value).permute(2, 0, 1, 3).reshape(N, B, D)
+        return self.proj(attended).transpose(0, 1)
+
+
+class Embedding(nn.Module):
+    """Tokens: what an agent observes and does in a step and who it is, embedded, plus a position for the step."""
+
+    def __init__(self, args, env):
+        super().__init__()
+        D, N = args.emb_dim, env.num_agents
+        self.continuous, self.num_actions = env.continuous, env.num_actions
+        self.register_buffer("agent_id", torch.eye(N), persistent=False)
+        inputs = env.obs_dim + env.num_actions + N
+        if args.embedding == "mlp":
+            self.layers = nn.Sequential(nn.Linear(inputs, 4 * D), nn.ReLU(), nn.Linear(4 * D, D))
+        else:
+            self.layers = nn.Linear(inputs, D)
+        self.position = nn.Parameter(torch.zeros(env.horizon, D))
+
+    def forward(self, obs: torch.Tensor, act: torch.Tensor) -> torch.Tensor:
+        """obs (E, T, N, O), act (E, T, N) or (E, T, N, A) -> (N, E, T, D): steps of an agent side by side in memory"""
+        if not self.continuous:
+            act = F.one_hot(act.long(), self.num_actions)
+        # A buffer may hold half precision and short integers.
+        x = torch.cat((obs.to(self.position), act.to(self.position), self.agent_id.expand(*obs.shape[:3], -1)), dim=-1)
+        return self.layers(x.permute(2, 0, 1, 3)) + self.position[: obs.shape[1]]
 
 
 class MLDecomposer(nn.Module):
@@ -289,11 +318,9 @@ class MLDecomposer(nn.Module):
     def __init__(self, args, env):
         super().__init__()
         D, N = args.emb_dim, env.num_agents
-        self.mc_samples, self.coalition, self.continuous = args.mc_samples, args.coalition, env.continuous
+        self.mc_samples, self.coalition = args.mc_samples, args.coalition
         self.scale = 1 / math.sqrt(env.horizon * N)  # of a sum of T N credits, as Adam would overshoot
-        self.embed_obs = nn.Linear(env.obs_dim, D)
-        self.embed_act = nn.Linear(env.num_actions, D) if env.continuous else nn.Embedding(env.num_actions, D)
-        self.position = nn.Parameter(0.02 * torch.randn(env.horizon, 1, D))
+        self.embed = Embedding(args, env)
         layers = (TemporalLayer(D, args.num_heads, args.attention_window) for _ in range(args.num_layers))
         self.temporal = nn.ModuleList(layers)
         self.norm = nn.ModuleList(nn.LayerNorm(D) for _ in range(args.num_layers))
@@ -310,20 +337,17 @@ class MLDecomposer(nn.Module):
         """
         E, T, N, _ = obs.shape
         L = int(valid.any(dim=0).sum())  # the longest episode: no work on steps that none reaches
-        obs = obs[:, :L].to(self.position.dtype)  # a buffer may hold half precision and short integers
-        act = act[:, :L].to(self.position.dtype if self.continuous else torch.int64)
-        x = self.embed_obs(obs) + self.embed_act(act) + self.position[:L]  # (E, L, N, D)
+        x = self.embed(obs[:, :L], act[:, :L]).view(N, E * L, -1)
         outputs = []
         for k, layer in enumerate(self.temporal):
-            x = x.transpose(1, 2).reshape(E * N, L, -1)  # one sequence per agent
-            x = layer(x).view(E, N, L, -1).transpose(1, 2)  # (E, L, N, D)
+            x = layer(x.view(N * E, L, -1)).view(N, E * L, -1)  # one sequence per agent
             phi = self.norm[k](x)
             if self.shapley is not None:
                 masks, weights = sample_coalitions(self.coalition, self.mc_samples, E * L, N, x.device)
-                phi = self.shapley[k](phi.reshape(E * L, N, -1), masks, weights).view(E, L, N, -1)
+                phi = self.shapley[k](phi.transpose(0, 1), masks, weights).transpose(0, 1)
                 x = x + phi  # added, so that the next block still knows whose tokens these are
             outputs.append(phi)
-        credits = self.head(torch.cat(outputs, dim=-1)).squeeze(-1)  # (E, L, N)
+        credits = self.head(torch.cat(outputs, dim=-1)).view(N, E, L).permute(1, 2, 0)  # (E, L, N)
         if self.shapley is None:
             credits = credits.mean(dim=2, keepdim=True).expand(E, L, N)
         credits = F.pad(credits, (0, 0, 0, T - L))  # (E, T, N)
@@ -516,7 +540,7 @@ if __name__ == "__main__":
     run_name = run_folder.name_run(args, f"{args.scenario}_{args.num_agents}")
     args.reward_scale = args.reward_scale or (50.0 if args.scenario == "push" else 10.0)
 
-    # Device, seeds, environment, networks, and where they stood if the run is resumed.
+    # Device, environment, networks, and where they stood if the run is resumed.
     device = run_folder.choose_device(args)
     torch.manual_seed(args.seed)
     try:
@@ -524,10 +548,10 @@ if __name__ == "__main__":
         agent, decomposer = make_networks(args, env)
     except ValueError as error:
         run_folder.fail_flag(error)
-    agent_optimizer = torch.optim.Adam(agent.to(device).parameters(), lr=args.learning_rate, eps=1e-5)
+    agent_optimizer = torch.optim.Adam(agent.to(device).parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     parts = {"agent": agent, "agent_optimizer": agent_optimizer}
     if decomposer is not None:
-        decomposer_optimizer = torch.optim.Adam(decomposer.to(device).parameters(), lr=args.decomposer_lr)
+        decomposer_optimizer = torch.optim.Adam(decomposer.to(device).parameters(), lr=args.decomposer_lr, fused=True)
         buffer = ReplayBuffer(args.buffer_size, device)
         parts |= {"decomposer": decomposer, "decomposer_optimizer": decomposer_optimizer, "buffer": buffer}
     iteration, global_step, wall_time, csv_position = run_folder.restore(checkpoint, parts)
@@ -583,9 +607,10 @@ if __name__ == "__main__":
             metrics["decomposer/loss"] = torch.stack(losses).mean().item() * args.reward_scale**2
 
         # 4. Decompose the fresh episodes' returns into credits; pay the leftover.
-        rewards = credits = decompose(args, decomposer, episodes)  # (E, T, N)
+        credits = decompose(args, decomposer, episodes)  # (E, T, N)
+        rewards = args.own_share * credits + (1 - args.own_share) * credits.mean(dim=2, keepdim=True)
         if decomposer is not None:
-            rewards = conserve(credits, returns, valid, args.conserve)
+            rewards = conserve(rewards, returns, valid, args.conserve)
         clock.append(time.time())
 
         # 5. Independent PPO on these rewards, over the S valid steps of all episodes.

@@ -245,7 +245,9 @@ ALIVE = {
     "max_grad_norm": "0.01",
     "target_kl": "1e-9",
     "critic": "centralized",
+    "own_share": "0.5",
     "mc_samples": "2",
+    "embedding": "linear",
     "emb_dim": "12",
     "num_heads": "4",
     "num_layers": "3",
@@ -343,21 +345,21 @@ BAD = [
     f"--{name} {value}"
     for names, values in [
         (
-            "total-timesteps num-envs num-minibatches update-epochs mc-samples num-heads num-layers emb-dim "
+            "total-timesteps num-envs num-minibatches update-epochs mc-samples num-heads emb-dim "
             "decomposer-batch-size decomposer-updates buffer-size eval-episodes checkpoint-every",
             "0 -1",
         ),
-        ("num-threads learning-starts attention-window seed", "-1"),
+        ("num-threads num-layers learning-starts attention-window seed", "-1"),
         ("learning-rate decomposer-lr clip-coef max-grad-norm reward-scale target-kl", "0 -1 nan inf"),
         ("ent-coef vf-coef", "-0.1 nan inf"),
-        ("gamma gae-lambda", "-0.1 1.1 nan"),
+        ("gamma gae-lambda own-share", "-0.1 1.1 nan"),
         ("resume", "nowhere"),
         ("run-dir", "full file"),
     ]
     for name in names.split()
     for value in values.split()
 ] + [
-    "--emb-dim 30",
+    "--emb-dim 30 --num-heads 4",
     "--emb-dim 64 --num-heads 5",
     "--exp-name a/../../x",
     "--exp-name ..",
@@ -377,6 +379,7 @@ BAD = [
 
 BAD_MPE = [
     "--num-agents 0",
+    "--max-cycles 0",
     "--num-agent-neighbors 0",
     "--num-landmark-neighbors 0",
     "--num-prey 0 --scenario tag",
