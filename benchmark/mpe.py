@@ -1,9 +1,9 @@
-"""The table of the particle environments: what a team earns on mpe2 after learning from each kind of credit.
+"""The tables of the particle environments: what a team earns after learning from each kind of credit.
 
-    python benchmark/mpe.py                       # all runs that are still missing, then the tables and the figure
-    python benchmark/mpe.py --scenarios spread    # only these
-    python benchmark/mpe.py --report              # only the tables and the figure
-    python benchmark/mpe.py --credits stas --flags="--mc-samples 20" --results /tmp/mc20    # another setting
+    python benchmark/mpe.py                                           # all runs that are missing, tables, figure
+    python benchmark/mpe.py --tasks "tag 3" --rows stas episodic      # only these
+    python benchmark/mpe.py --report                                  # only the tables and the figure
+    python benchmark/mpe.py --flags="--mc-samples 20" --results /tmp/mc20    # another setting
 
 Each run is a call of a script. Its row is appended to benchmark/results/mpe.csv and its curve to mpe_curves.csv as soon
 as it ends, so the benchmark can be stopped and started at any time.
@@ -18,35 +18,42 @@ from typing import Literal
 import matplotlib.figure
 import numpy as np
 import tyro
-from common import RESULTS, append, check_seeds, interval, late, read, run_all, train
+from common import RESULTS, append, check_flags, check_seeds, interval, late, read, run_all, train
 
-CREDITS = {  # name: flags
-    "stas": "",
-    "stas, conserve none": "--conserve none",
-    "temporal": "--credit temporal",
-    "uniform": "--credit uniform",
-    "episodic": "--credit episodic",
-    "dense": "--credit dense",
-    "shapley": "--credit shapley",
-    "difference": "--credit difference",
+STAS, ML = "stas_ippo_mpe.py", "stas_ml_ippo_mpe.py"
+TASKS = {  # name: flags, seeds
+    "spread 3": ("", 5),
+    "spread 6": ("--num-agents 6 --total-timesteps 345000", 5),
+    "tag 3": ("--scenario tag", 8),
 }
-ONLY_IN_SPREAD = ("stas, conserve none", "shapley", "difference")
+ROWS = {  # name: script, flags
+    "stas": (STAS, ""),
+    "STAS-ML": (ML, ""),
+    "stas, coalition all": (STAS, "--coalition all"),
+    "stas, shared equally": (STAS, "--own-share 0"),
+    "stas, conserve none": (STAS, "--conserve none"),
+    "temporal": (STAS, "--credit temporal"),
+    "uniform": (STAS, "--credit uniform"),
+    "episodic": (STAS, "--credit episodic"),
+    "dense": (STAS, "--credit dense"),
+    "shapley": (STAS, "--credit shapley"),
+    "difference": (STAS, "--credit difference"),
+}
+DEFAULT_ROWS = ["stas", "STAS-ML", "episodic", "dense"]
 
 
 @dataclass
 class Args:
-    scenarios: list[Literal["spread", "tag", "push"]] = field(default_factory=lambda: ["spread", "tag"])
-    """scenarios to run"""
-    credits: list[Literal[tuple(CREDITS)]] = field(default_factory=lambda: list(CREDITS))
-    """rows of the table to run"""
-    script: Literal["stas_ippo_mpe.py", "stas_ml_ippo_mpe.py"] = "stas_ippo_mpe.py"
-    """what to run: STAS or STAS-ML"""
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
-    """seeds to run, at most 10"""
-    keep: bool = False
-    """keep the run folders, in runs/ below the results, for TensorBoard and evaluate.py"""
+    tasks: list[Literal[tuple(TASKS)]] = field(default_factory=lambda: list(TASKS))
+    """tables to make"""
+    rows: list[Literal[tuple(ROWS)]] = field(default_factory=lambda: DEFAULT_ROWS)
+    """rows of each table"""
+    seeds: list[int] = field(default_factory=list)
+    """seeds to run, at most 10 (default: from 1 on, as many as the task has)"""
     workers: int = 2
     """runs side by side, one CPU thread each"""
+    keep: bool = False
+    """keep the run folders, in runs/ below the results, for TensorBoard and evaluate.py"""
     flags: str = ""
     """more flags for every run"""
     results: Path = RESULTS
@@ -55,33 +62,33 @@ class Args:
     """run nothing"""
 
 
-def flags_of(args: Args, scenario: str, credit: str) -> str:
-    return " ".join(f"--scenario {scenario} {CREDITS[credit]} {args.flags}".split())
+def flags_of(args: Args, task: str, row: str) -> str:
+    return " ".join(f"{TASKS[task][0]} {ROWS[row][1]} {args.flags}".split())
 
 
-def run(args: Args, scenario: str, credit: str, seed: int) -> None:
+def run(args: Args, task: str, row: str, seed: int) -> None:
     """One training run; its row and its curve go into the results."""
-    flags = flags_of(args, scenario, credit).split()
-    name = f"{args.script.removesuffix('.py')}-{' '.join(flags).replace('--', '').replace(' ', '_')}-{seed}"
-    run_dir = args.results / "runs" / name
-    metrics, summary = train(args.script, ["--seed", str(seed), *flags], run_dir)
-    key = {"script": args.script, "scenario": scenario, "credit": credit, "seed": seed, "flags": " ".join(flags)}
+    script, flags = ROWS[row][0], flags_of(args, task, row)
+    run_dir = args.results / "runs" / f"{task}-{row}-{seed}".replace(",", "").replace(" ", "_")
+    metrics, summary = train(script, ["--seed", str(seed), *flags.split()], run_dir)
+    key = {"task": task, "row": row, "seed": seed, "flags": flags}
     result = key | {
         "return": round(summary["eval/episodic_return"], 3),
         "random_return": round(summary["random/episodic_return"], 3),
         "training_return": late(metrics, "charts/episodic_return"),
+        "mean_return": round(float(np.mean([float(each["charts/episodic_return"]) for each in metrics])), 4),
         "entropy": late(metrics, "losses/entropy"),
+        "explained_variance": late(metrics, "decomposer/explained_variance"),
         "reward_correlation": late(metrics, "decomposer/reward_correlation"),
         "shapley_correlation": late(metrics, "decomposer/shapley_correlation"),
-        "explained_variance": late(metrics, "decomposer/explained_variance"),
         "credit_std": late(metrics, "decomposer/credit_std"),
-        "decomposer_share": round(float(np.mean([share(row) for row in metrics])), 3),
+        "decomposer_share": round(float(np.mean([share(each) for each in metrics])), 3),
         "steps": summary["global_step"],
         "seconds": round(summary["wall_time"], 1),
     }
     columns = {"step": "global_step", "return": "charts/episodic_return"}
-    thin = metrics[:: max(1, len(metrics) // 40)]
-    append(args.results / "mpe_curves.csv", [key | {k: row[v] for k, v in columns.items()} for row in thin])
+    thin = metrics[:: max(1, len(metrics) // 60)]
+    append(args.results / "mpe_curves.csv", [key | {k: each[v] for k, v in columns.items()} for each in thin])
     append(args.results / "mpe.csv", [result])
     if not args.keep:
         shutil.rmtree(run_dir)
@@ -95,45 +102,61 @@ def share(row: dict) -> float:
 
 
 def groups(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows with the same script and flags together, in the order of CREDITS; a name tells what they differ in."""
-    order = {credit: i for i, credit in enumerate(CREDITS)}
+    """Results of one task with the same row and flags together, in the order of ROWS; other flags are named."""
+    order = {name: i for i, name in enumerate(ROWS)}
     found: dict[str, list[dict]] = {}
-    for row in sorted(rows, key=lambda row: (row["script"], order[row["credit"]], row["flags"], int(row["seed"]))):
-        usual = f"--scenario {row['scenario']} {CREDITS[row['credit']]}".strip()
-        ml = "STAS-ML: " if row["script"].startswith("stas_ml") else ""
-        found.setdefault(f"{ml}{row['credit']} {row['flags'].removeprefix(usual).strip()}".strip(), []).append(row)
+    for row in sorted(rows, key=lambda row: (order[row["row"]], row["flags"], int(row["seed"]))):
+        usual = " ".join(f"{TASKS[row['task']][0]} {ROWS[row['row']][1]}".split())
+        found.setdefault(f"{row['row']} {row['flags'].removeprefix(usual).strip()}".strip(), []).append(row)
     return found
 
 
+def paired(runs: list[dict], others: list[dict], column: str) -> list[float]:
+    """runs - others of the seeds that both have."""
+    known = {row["seed"]: float(row[column]) for row in others}
+    return [float(row[column]) - known[row["seed"]] for row in runs if row["seed"] in known]
+
+
 def table(rows: list[dict]) -> str:
-    """The table of one scenario."""
-    head = (
-        "credit | seeds | return on mpe2 | last training return | *when* | *who* | entropy | decomposer's share of time"
-    )
-    lines = [f"| {head} |", "|---" * 8 + "|"]
-    for name, runs in groups(rows).items():
-        columns = ("return", "training_return", "reward_correlation", "shapley_correlation", "entropy")
-        cells = [interval([float(row[column]) for row in runs if row[column]]) for column in columns]
-        part = f"{np.mean([float(row['decomposer_share']) for row in runs]):.0%}"
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {part} |")
+    """The table of one task."""
+    head = "credit | seeds | return on mpe2 | last training return | more than `episodic` | the same, mean of training"
+    head += " | of the way to `dense` | explained variance | *when* | *who* | seconds"
+    lines = [f"| {head} |", "|---" * 11 + "|"]
+    found = groups(rows)
+    episodic, dense = found.get("episodic", []), found.get("dense", [])
+    whole = paired(dense, episodic, "training_return")
+    for name, runs in found.items():
+        gain = paired(runs, episodic, "training_return")
+        cells = [interval([float(row[column]) for row in runs]) for column in ("return", "training_return")]
+        if name == "episodic":
+            cells += ["", "", ""]
+        else:
+            cells += [interval(gain), interval(paired(runs, episodic, "mean_return"))]
+            cells += [f"{np.mean(gain) / np.mean(whole):.0%}" if gain and whole else "-"]
+        for column in ("explained_variance", "reward_correlation", "shapley_correlation"):
+            values = [float(row[column]) for row in runs if row[column]]
+            cells.append(interval(values) if values else "")
+        seconds = np.mean([float(row["seconds"]) for row in runs])
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
-def draw(curves: list[dict], rows: list[dict], path: Path) -> None:
+def draw(curves: list[dict], path: Path) -> None:
     """Team return in training against environment steps: mean over seeds, band from the lowest to the highest seed."""
-    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
-    figure = matplotlib.figure.Figure(figsize=(6.5 * len(scenarios), 4.4), layout="constrained")
-    for axis, scenario in zip(figure.subplots(1, len(scenarios), squeeze=False)[0], scenarios):
-        for i, (name, some) in enumerate(groups([row for row in curves if row["scenario"] == scenario]).items()):
+    tasks = [task for task in TASKS if any(row["task"] == task for row in curves)]
+    colors = {name: f"C{i}" for i, name in enumerate(groups([{**row, "task": tasks[0]} for row in curves]))}
+    figure = matplotlib.figure.Figure(figsize=(5 * len(tasks), 3.8), layout="constrained")
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        for name, some in groups([row for row in curves if row["task"] == task]).items():
             runs = [[row for row in some if row["seed"] == seed] for seed in sorted({row["seed"] for row in some})]
             points = [sorted({float(row["step"]): float(row["return"]) for row in run}.items()) for run in runs]
             grid = np.linspace(max(p[0][0] for p in points), min(p[-1][0] for p in points), 100)
             values = np.array([np.interp(grid, *zip(*p)) for p in points])
-            axis.plot(grid / 1000, values.mean(axis=0), color=f"C{i}", label=f"{name} ({len(runs)} seeds)")
-            axis.fill_between(
-                grid / 1000, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.1, linewidth=0
-            )
-        axis.set(xlabel="environment steps (thousands)", ylabel="team return in training", title=scenario)
+            style = {"color": colors.get(name), "label": f"{name} ({len(runs)} seeds)"}
+            (line,) = axis.plot(grid / 1000, values.mean(axis=0), **style)
+            band = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
+            axis.fill_between(grid / 1000, values.min(axis=0), values.max(axis=0), **band)
+        axis.set(xlabel="environment steps (thousands)", ylabel="team return in training", title=task)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle("By kind of credit: mean over seeds, band = lowest to highest seed", fontsize=10)
@@ -142,19 +165,19 @@ def draw(curves: list[dict], rows: list[dict], path: Path) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    check_seeds(args)
-    keys = ("script", "flags", "credit", "seed")
+    check_seeds(args) if args.seeds else check_flags(args)
+    keys = ("task", "row", "flags", "seed")
     done = {tuple(row[key] for key in keys) for row in read(args.results / "mpe.csv")}
-    wanted = [(scenario, credit, seed) for seed in args.seeds for scenario in args.scenarios for credit in args.credits]
-    wanted = [job for job in wanted if job[0] == "spread" or job[1] not in ONLY_IN_SPREAD]
-    wanted = [job for job in wanted if (args.script, flags_of(args, *job[:2]), job[1], str(job[2])) not in done]
+    seeds = {task: args.seeds or range(1, TASKS[task][1] + 1) for task in args.tasks}
+    wanted = [(task, row, seed) for task in args.tasks for seed in seeds[task] for row in args.rows]
+    wanted = [job for job in wanted if job[0].startswith("spread") or job[1] not in ("shapley", "difference")]
+    wanted = [job for job in wanted if (*job[:2], flags_of(args, *job[:2]), str(job[2])) not in done]
     if not args.report:
         run_all(partial(run, args), wanted, args.workers)
     rows = read(args.results / "mpe.csv")
-    for scenario in dict.fromkeys(row["scenario"] for row in rows):
-        some = [row for row in rows if row["scenario"] == scenario]
-        chance = interval([float(row["random_return"]) for row in some if row["credit"] == some[0]["credit"]])
-        seconds = [float(row["seconds"]) for row in some if row["credit"] == "stas"]
-        print(f"\n{scenario}: random team {chance}; a stas run trains for {interval(seconds, 0)} s\n\n{table(some)}")
+    for task in dict.fromkeys(row["task"] for row in rows):
+        some = [row for row in rows if row["task"] == task]
+        one = [row for row in some if row["row"] == some[0]["row"]]
+        print(f"\n{task}: random team {interval([float(row['random_return']) for row in one])}\n\n{table(some)}")
     if rows:
-        draw(read(args.results / "mpe_curves.csv"), rows, args.results / "mpe.png")
+        draw(read(args.results / "mpe_curves.csv"), args.results / "mpe.png")

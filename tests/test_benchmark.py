@@ -67,28 +67,28 @@ def test_independent_coalitions_have_no_pairs(benchmark_of):
     assert masks.shape == (2, 500, 4, 4) and both.double().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
+def test_gains_are_paired_by_seed(benchmark_of):
+    runs = [{"seed": seed, "return": value} for seed, value in (("1", "5"), ("2", "7"), ("4", "0"))]
+    others = [{"seed": seed, "return": value} for seed, value in (("3", "9"), ("2", "3"), ("1", "4"))]
+    assert benchmark_of("mpe").paired(runs, others, "return") == [1, 4]
+
+
 def test_settings_are_never_averaged_in_silently(benchmark_of, tmp_path):
     """Rows of other flags or another script are rows of their own; the published table takes no other flags."""
     rows = [
-        {
-            "script": script,
-            "scenario": "tag",
-            "credit": "stas",
-            "seed": seed,
-            "flags": f"--scenario tag {flags}".strip(),
-        }
-        for script in ("stas_ippo_mpe.py", "stas_ml_ippo_mpe.py")
+        {"task": "tag 3", "row": row, "seed": seed, "flags": f"--scenario tag {flags}".strip()}
+        for row in ("stas", "STAS-ML")
         for flags in ("", "--mc-samples 20")
         for seed in ("1", "2")
     ]
     names = benchmark_of("mpe").groups(rows)
     assert {name: len(runs) for name, runs in names.items()} == dict.fromkeys(
-        ("stas", "stas --mc-samples 20", "STAS-ML: stas", "STAS-ML: stas --mc-samples 20"), 2
+        ("stas", "stas --mc-samples 20", "STAS-ML", "STAS-ML --mc-samples 20"), 2
     )
     for program in ("mpe", "alicebob", "shapley_training", "shapley_noise"):
         command = [sys.executable, str(ROOT / "benchmark" / f"{program}.py"), "--flags=--mc-samples 20"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 1 and "--results" in result.stderr and len(result.stderr.splitlines()) == 1
-    bad = [sys.executable, str(ROOT / "benchmark" / "mpe.py"), "--credits", "nonsense", "--results", str(tmp_path)]
+    bad = [sys.executable, str(ROOT / "benchmark" / "mpe.py"), "--rows", "nonsense", "--results", str(tmp_path)]
     result = subprocess.run(bad, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
