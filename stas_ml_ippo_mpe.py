@@ -85,7 +85,7 @@ class Args:
     total_timesteps: int = 600_000  # [PPO] environment steps (joint actions) to train for
     num_envs: int = 128  # episodes per iteration, played side by side
     learning_rate: float = 1e-3  # learning rate of the policy and the critic (Adam)
-    anneal_lr: bool = True  # decay the learning rate of the policy and the critic linearly to zero
+    anneal_lr: bool = True  # decay both learning rates, of PPO and of the decomposer, linearly to zero
     gamma: float = 1.0  # discount factor
     gae_lambda: float = 1.0  # lambda of generalised advantage estimation
     num_minibatches: int = 16  # minibatches per epoch
@@ -115,7 +115,7 @@ class Args:
     """who is in an agent's coalitions. bernoulli: each other agent with probability 1/2 (the paper); permutation: those
     before it in a random order (Shapley's weights); exact: all coalitions with Shapley's weights (up to 8 agents); all:
     everyone always, which is plain attention"""
-    embedding: Literal["mlp", "linear"] = "mlp"  # of what the decomposer reads: a hidden layer of 4 D, or none (paper)
+    embedding: Literal["mlp", "linear"] = "mlp"  # of the decomposer's inputs: two hidden layers of 2 D, or none (paper)
     emb_dim: int = 32  # width of the decomposer, D
     num_heads: int = 1  # attention heads of the decomposer
     num_layers: int = 2
@@ -224,9 +224,8 @@ class TemporalLayer(nn.Module):
         self.qkv = nn.Linear(emb_dim, 3 * emb_dim)
         self.proj = nn.Linear(emb_dim, emb_dim)
         self.mlp = nn.Sequential(nn.Linear(emb_dim, 2 * emb_dim), nn.ReLU(), nn.Linear(2 * emb_dim, emb_dim))
-        for layer in (self.proj, self.mlp[2]):  # at first a step passes as it is: the past comes in where it pays
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for weights in (*self.proj.parameters(), *self.mlp[2].parameters()):
+            nn.init.zeros_(weights)  # at first a step passes as it is: the past comes in where it pays
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)"""
@@ -292,7 +291,8 @@ class Embedding(nn.Module):
         self.register_buffer("agent_id", torch.eye(N), persistent=False)
         inputs = env.obs_dim + env.num_actions + N
         if args.embedding == "mlp":
-            self.layers = nn.Sequential(nn.Linear(inputs, 4 * D), nn.ReLU(), nn.Linear(4 * D, D))
+            hidden = (nn.Linear(inputs, 2 * D), nn.ReLU(), nn.Linear(2 * D, 2 * D), nn.ReLU())
+            self.layers = nn.Sequential(*hidden, nn.Linear(2 * D, D))
         else:
             self.layers = nn.Linear(inputs, D)
         self.position = nn.Parameter(torch.zeros(env.horizon, D))
@@ -360,10 +360,8 @@ def distribute_return(returns: torch.Tensor, valid: torch.Tensor, num_agents: in
     where: "terminal", all at the last valid step; "uniform", the same at every valid step of the episode.
     """
     length = valid.sum(dim=1, keepdim=True)  # (E, 1)
-    if where == "terminal":
-        share = torch.arange(valid.shape[1], device=valid.device) == length - 1
-    else:
-        share = valid / length
+    last = torch.arange(valid.shape[1], device=valid.device) == length - 1  # (E, T)
+    share = last if where == "terminal" else valid / length
     return (returns.unsqueeze(1) * share / num_agents).unsqueeze(-1).expand(-1, -1, num_agents)
 
 
@@ -567,6 +565,8 @@ if __name__ == "__main__":
         iteration += 1
         remaining = 1 - global_step / args.total_timesteps
         agent_optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
+        if decomposer is not None:
+            decomposer_optimizer.param_groups[0]["lr"] = args.decomposer_lr * (remaining if args.anneal_lr else 1)
         ent_coef = args.ent_coef * (remaining if args.anneal_ent else 1)
         clock = [time.time()]
 
@@ -642,7 +642,6 @@ if __name__ == "__main__":
                         change = (newvalue - b_values[mb]).clamp(-args.clip_coef, args.clip_coef)
                         v_loss = torch.max(v_loss, (b_values[mb] + change - b_targets[mb]).square())
                     v_loss = 0.5 * v_loss.mean()
-
                     loss = pg_loss - ent_coef * entropy.mean() + args.vf_coef * v_loss
                     agent_optimizer.zero_grad()
                     loss.backward()

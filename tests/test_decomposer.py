@@ -343,8 +343,9 @@ def embedding_by_definition(embed: Embedding, obs: torch.Tensor, act: torch.Tens
     layers = embed.layers
     if isinstance(layers, torch.nn.Linear):
         return layers.weight @ x + layers.bias + embed.position[t]
-    hidden = (layers[0].weight @ x + layers[0].bias).clamp(min=0)
-    return layers[2].weight @ hidden + layers[2].bias + embed.position[t]
+    for layer in (layers[0], layers[2]):
+        x = (layer.weight @ x + layer.bias).clamp(min=0)
+    return layers[4].weight @ x + layers[4].bias + embed.position[t]
 
 
 @pytest.mark.parametrize("kind_of_embedding", ["mlp", "linear"])
