@@ -69,15 +69,15 @@ class Args:
     eval_episodes: int = 100  # episodes of the final evaluation on the PettingZoo environment
 
     # PPO
-    total_timesteps: int = 800_000  # [PPO] environment steps (joint actions in running episodes) to train for
+    total_timesteps: int = 600_000  # [PPO] environment steps (joint actions in running episodes) to train for
     num_envs: int = 512  # episodes per iteration, played side by side
-    learning_rate: float = 1e-3  # learning rate of the policy and the critic (Adam)
+    learning_rate: float = 2e-3  # learning rate of the policy and the critic (Adam)
     anneal_lr: bool = True  # decay both learning rates, of PPO and of the decomposer, linearly to zero
     gamma: float = 0.97  # discount factor
     gae_lambda: float = 1.0  # lambda of generalised advantage estimation
-    num_minibatches: int = 4  # minibatches per epoch
-    update_epochs: int = 10  # epochs of policy updates per iteration
-    norm_adv: bool = True  # normalise the advantages of each minibatch
+    num_minibatches: int = 8  # minibatches per epoch
+    update_epochs: int = 5  # epochs of policy updates per iteration
+    norm_adv: bool = True  # divide the centred advantages of a minibatch by their deviation, plus 0.05
     clip_coef: float = 0.2  # clipping range of the surrogate objective
     clip_vloss: bool = False  # clip the value loss too
     ent_coef: float = 0.01  # weight of the entropy bonus
@@ -104,12 +104,12 @@ class Args:
     embedding: Literal["mlp", "linear"] = "mlp"  # of the decomposer's inputs: two hidden layers of 2 D, or none (paper)
     emb_dim: int = 32  # width of the decomposer, D
     num_heads: int = 1  # attention heads of the decomposer
-    num_layers: int = 2  # temporal attention layers of the decomposer (0: attention over agents only)
+    num_layers: int = 1  # temporal attention layers of the decomposer (0: attention over agents only)
     attention_window: int = 0  # steps each layer of temporal attention looks back on, the present one included (0: all)
     decomposer_lr: float = 1e-3  # learning rate of the decomposer (Adam)
-    decomposer_batch_size: int = 256  # episodes per decomposer update
-    decomposer_updates: int = 4  # decomposer updates per iteration
-    buffer_size: int = 2048  # episodes the replay buffer holds
+    decomposer_batch_size: int = 32  # episodes per decomposer update
+    decomposer_updates: int = 32  # decomposer updates per iteration
+    buffer_size: int = 16_384  # episodes the replay buffer holds
     learning_starts: int = 0  # episodes collected before the policy learns from those of an iteration
     reward_scale: float = 100.0  # divides the decomposer's targets and PPO's rewards; all logs are in raw units
 
@@ -596,7 +596,7 @@ if __name__ == "__main__":
                     mb_advantages = b_advantages[mb]
                     if args.norm_adv:
                         mb_advantages = mb_advantages - mb_advantages.mean()
-                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 1e-8)
+                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 0.05)
                     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                     pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio).mean()
 

@@ -89,7 +89,7 @@ class Args:
     gae_lambda: float = 1.0  # lambda of generalised advantage estimation
     num_minibatches: int = 16  # minibatches per epoch
     update_epochs: int = 10  # epochs of policy updates per iteration
-    norm_adv: bool = True  # normalise the advantages of each minibatch
+    norm_adv: bool = True  # divide the centred advantages of a minibatch by their deviation, plus 0.05
     clip_coef: float = 0.2  # clipping range of the surrogate objective
     clip_vloss: bool = False  # clip the value loss too
     ent_coef: float = 0.01  # weight of the entropy bonus
@@ -121,7 +121,7 @@ class Args:
     attention_window: int = 0  # steps each layer of temporal attention looks back on, the present one included (0: all)
     decomposer_lr: float = 3e-3  # learning rate of the decomposer (Adam)
     decomposer_batch_size: int = 32  # episodes per decomposer update
-    decomposer_updates: int = 64  # decomposer updates per iteration
+    decomposer_updates: int = 32  # decomposer updates per iteration
     buffer_size: int = 16_384  # episodes the replay buffer holds
     learning_starts: int = 0  # episodes collected before the policy learns from those of an iteration
     reward_scale: float | None = None
@@ -624,7 +624,7 @@ if __name__ == "__main__":
                     mb_advantages = b_advantages[mb]
                     if args.norm_adv:
                         mb_advantages = mb_advantages - mb_advantages.mean()
-                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 1e-8)
+                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 0.05)
                     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                     pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio).mean()
 

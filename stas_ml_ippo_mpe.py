@@ -90,7 +90,7 @@ class Args:
     gae_lambda: float = 1.0  # lambda of generalised advantage estimation
     num_minibatches: int = 16  # minibatches per epoch
     update_epochs: int = 10  # epochs of policy updates per iteration
-    norm_adv: bool = True  # normalise the advantages of each minibatch
+    norm_adv: bool = True  # divide the centred advantages of a minibatch by their deviation, plus 0.05
     clip_coef: float = 0.2  # clipping range of the surrogate objective
     clip_vloss: bool = False  # clip the value loss too
     ent_coef: float = 0.01  # weight of the entropy bonus
@@ -123,7 +123,7 @@ class Args:
     attention_window: int = 0  # steps each layer of temporal attention looks back on, the present one included (0: all)
     decomposer_lr: float = 3e-3  # learning rate of the decomposer (Adam)
     decomposer_batch_size: int = 32  # episodes per decomposer update
-    decomposer_updates: int = 64  # decomposer updates per iteration
+    decomposer_updates: int = 32  # decomposer updates per iteration
     buffer_size: int = 16_384  # episodes the replay buffer holds
     learning_starts: int = 0  # episodes collected before the policy learns from those of an iteration
     reward_scale: float | None = None
@@ -326,6 +326,7 @@ class MLDecomposer(nn.Module):
         self.norm = nn.ModuleList(nn.LayerNorm(D) for _ in range(args.num_layers))
         shapley = (ShapleyAttention(D, args.num_heads, N) for _ in range(args.num_layers))
         self.shapley = nn.ModuleList(shapley) if args.credit == "stas" else None
+        self.gate = nn.Parameter(torch.zeros(args.num_layers - 1))  # at first Shapley attention feeds no later block
         self.head = nn.Linear(args.num_layers * D, 1)
         nn.init.zeros_(self.head.weight)  # credits start at zero
         nn.init.zeros_(self.head.bias)
@@ -340,12 +341,13 @@ class MLDecomposer(nn.Module):
         x = self.embed(obs[:, :L], act[:, :L]).view(N, E * L, -1)
         outputs = []
         for k, layer in enumerate(self.temporal):
+            if outputs and self.shapley is not None:  # added, so that a token still tells whose it is
+                x = x + self.gate[k - 1] * outputs[-1]
             x = layer(x.view(N * E, L, -1)).view(N, E * L, -1)  # one sequence per agent
             phi = self.norm[k](x)
             if self.shapley is not None:
                 masks, weights = sample_coalitions(self.coalition, self.mc_samples, E * L, N, x.device)
                 phi = self.shapley[k](phi.transpose(0, 1), masks, weights).transpose(0, 1)
-                x = x + phi  # added, so that the next block still knows whose tokens these are
             outputs.append(phi)
         credits = self.head(torch.cat(outputs, dim=-1)).view(N, E, L).permute(1, 2, 0)  # (E, L, N)
         if self.shapley is None:
@@ -633,7 +635,7 @@ if __name__ == "__main__":
                     mb_advantages = b_advantages[mb]
                     if args.norm_adv:
                         mb_advantages = mb_advantages - mb_advantages.mean()
-                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 1e-8)
+                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 0.05)
                     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                     pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio).mean()
 

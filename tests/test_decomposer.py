@@ -271,6 +271,8 @@ def make_decomposer(*args, **flags) -> Decomposer | MLDecomposer:
     for layer in decomposer.temporal:
         torch.nn.init.normal_(layer.proj.weight, std=D**-0.5)  # these start at zero
         torch.nn.init.normal_(layer.mlp[2].weight, std=D**-0.5)
+    if hasattr(decomposer, "gate"):
+        torch.nn.init.ones_(decomposer.gate)
     torch.nn.init.normal_(decomposer.head.weight)
     torch.nn.init.normal_(decomposer.embed.position, std=0.1)
     return decomposer
@@ -493,7 +495,8 @@ def test_stas_ml_by_definition():
             for t in range(length):
                 x = torch.stack([decomposer.norm[k](tokens[i][t]) for i in range(N)])
                 phi.append(brute_force(decomposer.shapley[k], x, "shapley"))
-            tokens = [[tokens[i][t] + phi[t][i] for t in range(length)] for i in range(N)]
+            gate = decomposer.gate[k] if k < 2 else 0
+            tokens = [[tokens[i][t] + gate * phi[t][i] for t in range(length)] for i in range(N)]
             outputs.append(torch.stack(phi))  # (length, N, D)
         expected = decomposer.head(torch.cat(outputs, dim=-1)).squeeze(-1) / math.sqrt(T * N)
         assert torch.allclose(decomposer(obs, act, valid)[e, :length], expected, atol=1e-6)
