@@ -5,6 +5,7 @@
     python evaluate.py RUN_DIR --checkpoint OTHER/checkpoint.pt  # other weights of the same shape
 
 Writes summary.json, learning_curve.png, credit.png and episode.gif into the run folder and shows them in TensorBoard.
+The scripts also take from here how well credits and predictions fit (`measure_credits`, `explained_variance`).
 From the script that config.json names it takes `Args`, `METRICS`, `make_env`, `make_parallel_env`, `make_networks`,
 `decompose` and, where networks see observations encoded, `encode_obs`.
 """

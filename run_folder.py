@@ -1,4 +1,4 @@
-"""What the scripts and evaluate.py do with flags, run folders and signals; nothing of it is part of the algorithm.
+"""What the scripts and evaluate.py do with flags, run folders, progress and signals; none of it is the algorithm.
 
 A run folder holds config.json (script, flags, package versions, git commit), metrics.csv, checkpoint.pt, TensorBoard
 events and, from evaluate.py, summary.json and pictures. Whatever is wrong with a flag or a folder ends the program with

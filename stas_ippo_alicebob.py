@@ -77,7 +77,8 @@ class Args:
     gae_lambda: float = 1.0  # lambda of generalised advantage estimation
     num_minibatches: int = 8  # minibatches per epoch
     update_epochs: int = 5  # epochs of policy updates per iteration
-    norm_adv: bool = True  # divide the centred advantages of a minibatch by their deviation, plus 0.05
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    adv_eps: float = 0.2  # added to their deviation: what is far below it, in units of reward_scale, teaches little
     clip_coef: float = 0.2  # clipping range of the surrogate objective
     clip_vloss: bool = False  # clip the value loss too
     ent_coef: float = 0.01  # weight of the entropy bonus
@@ -124,7 +125,7 @@ RANGES = [  # the smallest and the largest value of every number
     (1, 1024, "mc_samples emb_dim"),
     (1, 100, "num_heads"),
     (0, 10**9, "learning_starts attention_window"),
-    (1e-12, 1e38, "learning_rate decomposer_lr"),
+    (1e-12, 1e38, "learning_rate decomposer_lr adv_eps"),
     (1e-12, 1e9, "clip_coef max_grad_norm target_kl reward_scale"),
     (0, 1e9, "ent_coef vf_coef"),
     (0, 1, "gamma gae_lambda own_share"),
@@ -263,10 +264,12 @@ class ShapleyAttention(nn.Module):
         # A factor of e_i cancels in P_i. Relative to the agent's own score, its own e is 1, and in every coalition: no
         # sum is too small to divide by. The clamp prevents overflow; it binds beyond differences of 40.
         own = scores.diagonal().permute(2, 0, 1).unsqueeze(1)  # (N, 1, B, H)
-        e = (scores - own).clamp(-40, 40).exp()
-        masks = masks.permute(0, 2, 3, 1).unsqueeze(-1).to(x.dtype, memory_format=torch.contiguous_format)
-        norm = (e * masks).sum(dim=2, keepdim=True)  # (M, N, 1, B, H), sum_{k in C_m} e_ik
-        P = e * (weights.to(x).view(-1, 1, 1, 1, 1) / norm * masks).sum(dim=0)  # (N, N, B, H)
+        e = (scores - own).clamp(-40, 40).exp()  # (N, N, B, H)
+        masks = masks.permute(0, 2, 3, 1).to(x.dtype, memory_format=torch.contiguous_format).unsqueeze(-1)
+        P_over_e = 0  # sum_m w_m 1[j in C_m] / sum_{k in C_m} e_ik, in chunks, for `exact` has many m
+        for some, w in zip(masks.split(16), weights.to(x).view(-1, 1, 1, 1, 1).split(16)):
+            P_over_e = P_over_e + (w / (e * some).sum(dim=2, keepdim=True) * some).sum(dim=0)  # (N, N, B, H)
+        P = e * P_over_e
         attended = (P.permute(2, 3, 0, 1) @ value).permute(2, 0, 1, 3).reshape(N, B, D)
         return self.proj(attended).transpose(0, 1)
 
@@ -297,7 +300,7 @@ class Embedding(nn.Module):
 
 
 class Decomposer(nn.Module):
-    """Splits the team return into credits: temporal layers, one Shapley block, a linear head (section 4).
+    """Splits the team return into credits: embedding, temporal layers, a Shapley block, a linear head (section 4).
 
     With credit "temporal" the Shapley block is left out and the agents share each step's credit equally.
     """
@@ -317,10 +320,7 @@ class Decomposer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs: torch.Tensor, act: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """obs (E, T, N, O), act (E, T, N) or (E, T, N, A), valid (E, T) -> credits (E, T, N), zero where not valid
-
-        Multiply by the reward scale for raw units.
-        """
+        """obs (E, T, N, O), act (E, T, N[, A]), valid (E, T) -> credits (E, T, N) / reward scale, 0 where not valid"""
         E, T, N, _ = obs.shape
         L = int(valid.any(dim=0).sum())  # the longest episode: no work on steps that none reaches
         x = self.embed(obs[:, :L], act[:, :L]).view(N * E, L, -1)  # one sequence per agent
@@ -504,7 +504,7 @@ if __name__ == "__main__":
     args, config, checkpoint = run_folder.parse_flags(Args, RANGES, __file__)
     run_name = run_folder.name_run(args, "alice_bob")
 
-    # Device, seeds, environment, networks, and where they stood if the run is resumed.
+    # Device, environment, networks, and where they stood if the run is resumed.
     device = run_folder.choose_device(args)
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs, device)
@@ -596,7 +596,7 @@ if __name__ == "__main__":
                     mb_advantages = b_advantages[mb]
                     if args.norm_adv:
                         mb_advantages = mb_advantages - mb_advantages.mean()
-                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 0.05)
+                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + args.adv_eps)
                     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                     pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio).mean()
 

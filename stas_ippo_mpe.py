@@ -75,7 +75,7 @@ class Args:
     continuous_actions: bool = False  # actions are the strengths of the five moves, from 0 to 1, instead of one of them
     num_agent_neighbors: int | None = None  # others an agent sees, nearest first (None: all; 5 in spread with 15)
     num_landmark_neighbors: int | None = None  # the same for landmarks (None: all; 6 in spread with 15; not in push)
-    nearest_first: bool = True  # in spread, list all of them by distance, an option of mpe2, instead of by name
+    nearest_first: bool = True  # in spread, list others and landmarks by distance, not by name (always with 15)
     num_prey: int | None = None  # prey in tag (None: a third of the agents, at least 1)
     num_obstacles: int | None = None  # obstacles in tag (None: 2 up to 3 agents, 3 up to 6, then 5)
     max_cycles: int = 25  # steps of an episode
@@ -89,7 +89,8 @@ class Args:
     gae_lambda: float = 1.0  # lambda of generalised advantage estimation
     num_minibatches: int = 16  # minibatches per epoch
     update_epochs: int = 10  # epochs of policy updates per iteration
-    norm_adv: bool = True  # divide the centred advantages of a minibatch by their deviation, plus 0.05
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    adv_eps: float = 1e-8  # added to their deviation: what is far below it, in units of reward_scale, teaches little
     clip_coef: float = 0.2  # clipping range of the surrogate objective
     clip_vloss: bool = False  # clip the value loss too
     ent_coef: float = 0.01  # weight of the entropy bonus
@@ -138,7 +139,7 @@ RANGES = [  # the smallest and the largest value of every number
     (1, 1024, "mc_samples emb_dim"),
     (1, 100, "num_heads num_agents num_agent_neighbors num_landmark_neighbors num_prey"),
     (0, 10**9, "learning_starts attention_window"),
-    (1e-12, 1e38, "learning_rate decomposer_lr"),
+    (1e-12, 1e38, "learning_rate decomposer_lr adv_eps"),
     (1e-12, 1e9, "clip_coef max_grad_norm target_kl reward_scale"),
     (0, 1e9, "ent_coef vf_coef"),
     (0, 1, "gamma gae_lambda own_share"),
@@ -271,10 +272,12 @@ class ShapleyAttention(nn.Module):
         # A factor of e_i cancels in P_i. Relative to the agent's own score, its own e is 1, and in every coalition: no
         # sum is too small to divide by. The clamp prevents overflow; it binds beyond differences of 40.
         own = scores.diagonal().permute(2, 0, 1).unsqueeze(1)  # (N, 1, B, H)
-        e = (scores - own).clamp(-40, 40).exp()
-        masks = masks.permute(0, 2, 3, 1).unsqueeze(-1).to(x.dtype, memory_format=torch.contiguous_format)
-        norm = (e * masks).sum(dim=2, keepdim=True)  # (M, N, 1, B, H), sum_{k in C_m} e_ik
-        P = e * (weights.to(x).view(-1, 1, 1, 1, 1) / norm * masks).sum(dim=0)  # (N, N, B, H)
+        e = (scores - own).clamp(-40, 40).exp()  # (N, N, B, H)
+        masks = masks.permute(0, 2, 3, 1).to(x.dtype, memory_format=torch.contiguous_format).unsqueeze(-1)
+        P_over_e = 0  # sum_m w_m 1[j in C_m] / sum_{k in C_m} e_ik, in chunks, for `exact` has many m
+        for some, w in zip(masks.split(16), weights.to(x).view(-1, 1, 1, 1, 1).split(16)):
+            P_over_e = P_over_e + (w / (e * some).sum(dim=2, keepdim=True) * some).sum(dim=0)  # (N, N, B, H)
+        P = e * P_over_e
         attended = (P.permute(2, 3, 0, 1) @ value).permute(2, 0, 1, 3).reshape(N, B, D)
         return self.proj(attended).transpose(0, 1)
 
@@ -305,7 +308,7 @@ class Embedding(nn.Module):
 
 
 class Decomposer(nn.Module):
-    """Splits the team return into credits: temporal layers, one Shapley block, a linear head (section 4).
+    """Splits the team return into credits: embedding, temporal layers, a Shapley block, a linear head (section 4).
 
     With credit "temporal" the Shapley block is left out and the agents share each step's credit equally.
     """
@@ -325,10 +328,7 @@ class Decomposer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, obs: torch.Tensor, act: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """obs (E, T, N, O), act (E, T, N) or (E, T, N, A), valid (E, T) -> credits (E, T, N), zero where not valid
-
-        Multiply by the reward scale for raw units.
-        """
+        """obs (E, T, N, O), act (E, T, N[, A]), valid (E, T) -> credits (E, T, N) / reward scale, 0 where not valid"""
         E, T, N, _ = obs.shape
         L = int(valid.any(dim=0).sum())  # the longest episode: no work on steps that none reaches
         x = self.embed(obs[:, :L], act[:, :L]).view(N * E, L, -1)  # one sequence per agent
@@ -624,7 +624,7 @@ if __name__ == "__main__":
                     mb_advantages = b_advantages[mb]
                     if args.norm_adv:
                         mb_advantages = mb_advantages - mb_advantages.mean()
-                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 0.05)
+                        mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + args.adv_eps)
                     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                     pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio).mean()
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import matplotlib
 import matplotlib.figure
 import numpy as np
 import tyro
@@ -69,7 +70,8 @@ def flags_of(args: Args, task: str, row: str) -> str:
 def run(args: Args, task: str, row: str, seed: int) -> None:
     """One training run; its row and its curve go into the results."""
     script, flags = ROWS[row][0], flags_of(args, task, row)
-    run_dir = args.results / "runs" / f"{task}-{row}-{seed}".replace(",", "").replace(" ", "_")
+    name = f"{task}-{row}-{args.flags.replace('--', '')}-{seed}"
+    run_dir = args.results / "runs" / name.replace(",", "").replace(" ", "_")
     metrics, summary = train(script, ["--seed", str(seed), *flags.split()], run_dir)
     key = {"task": task, "row": row, "seed": seed, "flags": flags}
     result = key | {
@@ -123,12 +125,13 @@ def table(rows: list[dict]) -> str:
     head += " | of the way to `dense` | explained variance | *when* | *who* | seconds"
     lines = [f"| {head} |", "|---" * 11 + "|"]
     found = groups(rows)
-    episodic, dense = found.get("episodic", []), found.get("dense", [])
-    whole = paired(dense, episodic, "training_return")
     for name, runs in found.items():
+        extra = name.removeprefix(runs[0]["row"])  # other flags are compared with rows of the same
+        episodic, dense = (found.get(other + extra, []) for other in ("episodic", "dense"))
+        whole = paired(dense, episodic, "training_return")
         gain = paired(runs, episodic, "training_return")
         cells = [interval([float(row[column]) for row in runs]) for column in ("return", "training_return")]
-        if name == "episodic":
+        if runs[0]["row"] == "episodic":
             cells += ["", "", ""]
         else:
             cells += [interval(gain), interval(paired(runs, episodic, "mean_return"))]
@@ -144,7 +147,9 @@ def table(rows: list[dict]) -> str:
 def draw(curves: list[dict], path: Path) -> None:
     """Team return in training against environment steps: mean over seeds, band from the lowest to the highest seed."""
     tasks = [task for task in TASKS if any(row["task"] == task for row in curves)]
-    colors = {name: f"C{i}" for i, name in enumerate(groups([{**row, "task": tasks[0]} for row in curves]))}
+    names = {name for task in tasks for name in groups([row for row in curves if row["task"] == task])}
+    order = [name for name in ROWS if name in names] + sorted(names - set(ROWS))
+    colors = {name: matplotlib.colormaps["tab20"](2 * i % 20 + i // 10) for i, name in enumerate(order)}
     figure = matplotlib.figure.Figure(figsize=(5 * len(tasks), 3.8), layout="constrained")
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
         for name, some in groups([row for row in curves if row["task"] == task]).items():
@@ -152,9 +157,8 @@ def draw(curves: list[dict], path: Path) -> None:
             points = [sorted({float(row["step"]): float(row["return"]) for row in run}.items()) for run in runs]
             grid = np.linspace(max(p[0][0] for p in points), min(p[-1][0] for p in points), 100)
             values = np.array([np.interp(grid, *zip(*p)) for p in points])
-            style = {"color": colors.get(name), "label": f"{name} ({len(runs)} seeds)"}
-            (line,) = axis.plot(grid / 1000, values.mean(axis=0), **style)
-            band = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
+            axis.plot(grid / 1000, values.mean(axis=0), color=colors[name], label=f"{name} ({len(runs)} seeds)")
+            band = {"color": colors[name], "alpha": 0.15, "linewidth": 0}
             axis.fill_between(grid / 1000, values.min(axis=0), values.max(axis=0), **band)
         axis.set(xlabel="environment steps (thousands)", ylabel="team return in training", title=task)
         axis.grid(alpha=0.3)
@@ -165,7 +169,7 @@ def draw(curves: list[dict], path: Path) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    check_seeds(args) if args.seeds else check_flags(args)
+    (check_seeds if args.seeds else check_flags)(args)
     keys = ("task", "row", "flags", "seed")
     done = {tuple(row[key] for key in keys) for row in read(args.results / "mpe.csv")}
     seeds = {task: args.seeds or range(1, TASKS[task][1] + 1) for task in args.tasks}
@@ -177,7 +181,7 @@ if __name__ == "__main__":
     rows = read(args.results / "mpe.csv")
     for task in dict.fromkeys(row["task"] for row in rows):
         some = [row for row in rows if row["task"] == task]
-        one = [row for row in some if row["row"] == some[0]["row"]]
+        one = next(iter(groups(some).values()))
         print(f"\n{task}: random team {interval([float(row['random_return']) for row in one])}\n\n{table(some)}")
     if rows:
         draw(read(args.results / "mpe_curves.csv"), args.results / "mpe.png")

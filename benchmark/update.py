@@ -1,10 +1,11 @@
 """Time of a decomposer update now against that of an earlier commit, in turns; to be run on an idle machine.
 
-    python benchmark/update.py                      # against the release before decomposers were made fast
+    python benchmark/update.py                      # what is missing, against the commit before updates were made fast
     python benchmark/update.py --against HEAD~3
+    python benchmark/update.py --report             # only the table
 
-"same size" updates both on 128 episodes with one temporal layer, width 64, 4 heads and M = 5; "default" takes each
-script's own settings. Needs the repository's history.
+"same size" updates both on 128 episodes with one temporal layer, width 64, 4 heads and M = 5. "default" takes each
+script's own settings, of which today's are a batch of 32 episodes and a width of 32. Needs the repository's history.
 """
 
 import importlib.util
@@ -20,12 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from common import RESULTS, ROOT, append
+from common import RESULTS, ROOT, append, missing, read
 
 sys.path.insert(0, str(ROOT))
 import stas_ippo_mpe
 
-SAME = dict(emb_dim=64, num_heads=4, num_layers=1, decomposer_batch_size=128)
+SIZES = {"same size": dict(emb_dim=64, num_heads=4, num_layers=1, decomposer_batch_size=128), "default": {}}
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Args:
     """updates of each, in turns"""
     results: Path = RESULTS
     """folder of the results"""
+    report: bool = False
+    """run nothing"""
 
 
 def load(commit: str):
@@ -51,6 +54,7 @@ def load(commit: str):
         spec = importlib.util.spec_from_file_location("earlier", path)
         module = sys.modules["earlier"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        module.fused = {"fused": True} if b"fused=True" in source.stdout else {}
     return module
 
 
@@ -62,8 +66,7 @@ def updater(module, num_agents: int, samples: int, flags: dict):
     obs, act = torch.randn(E, 25, num_agents, obs_dim), torch.randint(5, (E, 25, num_agents))
     valid, returns = torch.ones(E, 25, dtype=torch.bool), torch.randn(E)
     decomposer = module.Decomposer(args, env)
-    fused = {"fused": True} if module is stas_ippo_mpe else {}
-    optimizer = torch.optim.Adam(decomposer.parameters(), lr=3e-3, **fused)
+    optimizer = torch.optim.Adam(decomposer.parameters(), lr=3e-3, **getattr(module, "fused", {"fused": True}))
 
     def update() -> float:
         start = time.perf_counter()
@@ -76,24 +79,31 @@ def updater(module, num_agents: int, samples: int, flags: dict):
     return update
 
 
+def measure(args: Args, earlier, num_agents: int, threads: int, size: str) -> dict[str, float]:
+    """Median milliseconds of an update: earlier, now, and now with one and with ten coalitions."""
+    torch.set_num_threads(threads)
+    flags = SIZES[size]
+    updates = {
+        "earlier": updater(earlier, num_agents, 5, flags),
+        "now": updater(stas_ippo_mpe, num_agents, 5, flags),
+        "M = 1": updater(stas_ippo_mpe, num_agents, 1, flags),
+        "M = 10": updater(stas_ippo_mpe, num_agents, 10, flags),
+    }
+    times = [[1000 * update() for update in updates.values()] for _ in range(args.updates + 3)][3:]
+    return dict(zip(updates, np.median(times, axis=0).round(2).tolist()))
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args)
     args.results.mkdir(parents=True, exist_ok=True)
-    earlier = load(args.against)
-    print("milliseconds an update, median: earlier, now (ratio), now with M = 10 against M = 1")
-    for num_agents in args.num_agents:
-        for threads in args.threads:
-            torch.set_num_threads(threads)
-            for size, flags in (("same size", SAME), ("default", {})):
-                updates = {
-                    "earlier": updater(earlier, num_agents, 5, flags),
-                    "now": updater(stas_ippo_mpe, num_agents, 5, flags),
-                    "M = 1": updater(stas_ippo_mpe, num_agents, 1, flags),
-                    "M = 10": updater(stas_ippo_mpe, num_agents, 10, flags),
-                }
-                times = [[1000 * update() for update in updates.values()] for _ in range(args.updates + 3)][3:]
-                ms = dict(zip(updates, np.median(times, axis=0).round(2).tolist()))
-                row = {"against": args.against, "num_agents": num_agents, "threads": threads, "size": size} | ms
-                append(args.results / "update.csv", [row])
-                ratios = f"({ms['now'] / ms['earlier']:.2f}x), M: {ms['M = 10'] / ms['M = 1']:.3f}x"
-                print(f"N = {num_agents}, {threads} threads, {size}: {ms['earlier']}, {ms['now']} {ratios}", flush=True)
+    path, keys = args.results / "update.csv", ("against", "num_agents", "threads", "size")
+    jobs = [(args.against, n, threads, size) for size in SIZES for n in args.num_agents for threads in args.threads]
+    jobs = [] if args.report else missing(path, keys, jobs)
+    earlier = load(args.against) if jobs else None
+    for job in jobs:
+        append(path, [dict(zip(keys, job)) | measure(args, earlier, *job[1:])])
+    print("| size | agents | threads | earlier | now | now / earlier | M = 10 / M = 1 |", "|---" * 7 + "|", sep="\n")
+    for row in read(path):
+        ratios = f"{float(row['now']) / float(row['earlier']):.2f} | {float(row['M = 10']) / float(row['M = 1']):.3f}"
+        times = f"{float(row['earlier']):.1f} ms | {float(row['now']):.1f} ms"
+        print(f"| {row['size']} | {row['num_agents']} | {row['threads']} | {times} | {ratios} |")

@@ -373,6 +373,10 @@ def test_a_new_decomposer_sees_each_step_alone(kind):
     assert changed.tolist() == [True] + [False] * (T - 1)
 
 
+def test_blocks_of_a_new_stas_ml_do_not_feed_each_other():
+    assert torch.equal(new_decomposer(MLDecomposer, num_layers=3).gate, torch.zeros(2))
+
+
 def test_without_temporal_layers_credits_see_their_step_alone():
     decomposer, (obs, act, valid) = make_decomposer(num_layers=0), make_episodes()
     before = seeded(decomposer, obs, act, valid)
@@ -420,6 +424,7 @@ def test_the_decomposer_uses_the_coalitions_it_is_told_to(monkeypatch):
             decomposer = make_decomposer(coalition=kind, mc_samples=2)
             decomposer.shapley.identity.mul_(30)
             decomposer.shapley.query.mul_(3)
+            decomposer.head.weight.mul_(10)
             if kind == "exact":
                 limits["permutation"] = decomposer(*episode)[0]
                 monkeypatch.setattr("stas_ippo_alicebob.sample_coalitions", all_alike)

@@ -129,11 +129,33 @@ def test_to_look_changes_nothing(script, run_script, tiny, no_pictures, tmp_path
     assert run_script(f"{tiny} --run-dir looked", str(tmp_path / "curious" / script))[0] == 0
     plain, looked = (read_metrics(tmp_path / name) for name in ("plain", "looked"))
     diagnostics = ("decomposer/credit_std", "decomposer/explained_variance")
-    assert any(row[name] != other[name] for row, other in zip(plain, looked) for name in diagnostics)
+    for name in diagnostics:
+        assert any(row[name] != other[name] for row, other in zip(plain, looked))
     for row in (*plain, *looked):
         for name in diagnostics:
             del row[name]
     assert plain == looked
+
+
+def test_both_learning_rates_decay(script, run_script, tiny, no_pictures, tmp_path):
+    """To a third before the last of three iterations."""
+    assert run_script(f"{tiny} --num-envs 8 --total-timesteps 600 --run-dir run")[0] == 0
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    before = int(read_metrics(tmp_path / "run")[-2]["global_step"])
+    for name, flag in (("agent_optimizer", "learning_rate"), ("decomposer_optimizer", "decomposer_lr")):
+        expected = getattr(MODULES[script].Args, flag) * (1 - before / 600)
+        assert state[name]["param_groups"][0]["lr"] == pytest.approx(expected)
+
+
+def test_shares_of_credits_keep_their_sum(run_script, no_pictures, tmp_path):
+    """The oracle `difference` differs between agents; what the critic is to predict, on average, does not change."""
+    means = {}
+    for share in ("0", "0.5", "1"):
+        flags = f"{TINY[MPE]} --credit difference --own-share {share} --total-timesteps 200 --learning-rate 1e-12"
+        assert run_script(f"{flags} --run-dir {share}", MPE)[0] == 0
+        (row,) = read_metrics(tmp_path / share)
+        means[share] = float(row["losses/value_loss"])
+    assert means["0"] < means["0.5"] < means["1"]  # equal shares vary least
 
 
 @pytest.fixture
@@ -237,6 +259,7 @@ ALIVE = {
     "num_minibatches": "3",
     "update_epochs": "3",
     "norm_adv": "no",
+    "adv_eps": "0.5",
     "clip_coef": "0.01",
     "clip_vloss": "yes",
     "ent_coef": "0.1",
@@ -350,7 +373,7 @@ BAD = [
             "0 -1",
         ),
         ("num-threads num-layers learning-starts attention-window seed", "-1"),
-        ("learning-rate decomposer-lr clip-coef max-grad-norm reward-scale target-kl", "0 -1 nan inf"),
+        ("learning-rate decomposer-lr adv-eps clip-coef max-grad-norm reward-scale target-kl", "0 -1 nan inf"),
         ("ent-coef vf-coef", "-0.1 nan inf"),
         ("gamma gae-lambda own-share", "-0.1 1.1 nan"),
         ("resume", "nowhere"),
