@@ -141,7 +141,7 @@ def draw_credits(path: Path, credits: np.ndarray, leftover: float | None, reward
     top.bar(range(T), reward, color="tab:gray")
     top.axhline(0, color="black", linewidth=0.5)
     top.set_ylabel("true team\nreward")
-    top.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     limit = max(float(np.abs(credits).max()), 1e-8)
     image = heat.imshow(credits.T, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
     heat.set(xlabel="step", yticks=range(N), yticklabels=env.possible_agents, xlim=(-0.5, T - 0.5))
