@@ -247,7 +247,7 @@ class ShapleyAttention(nn.Module):
 
     phi_i = W_O sum_j P_ij v_j, with P_ij = sum_m w_m 1[j in C_m] e_ij / sum_{k in C_m} e_ik and e_ij = exp(score_ij),
     C_m with i itself. W_Q is agent-specific, W_K, W_V and W_O are shared; an identity is added to each agent's input.
-    The same as attending anew under every coalition, but e and v are computed once, so that few agents cost little:
+    The same as attending anew under every coalition, but e and v are computed once, which is cheap at small N:
 
         phi = sum(w * W_O(softmax(scores.masked_fill(~mask.unsqueeze(1), -inf)) @ v) for mask, w in zip(masks, weights))
     """
