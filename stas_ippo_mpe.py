@@ -131,7 +131,8 @@ class Args:
 
 RANGES = [  # the smallest and the largest value of every number
     (0, 2**32 - 1, "seed"),
-    (0, 256, "num_layers num_threads num_obstacles"),
+    (0, 100, "num_layers"),
+    (0, 256, "num_threads num_obstacles"),
     (1, 10**12, "total_timesteps"),
     (1, 10**6, "max_cycles num_minibatches buffer_size checkpoint_every eval_episodes"),
     (1, 10**5, "num_envs decomposer_batch_size"),
@@ -556,8 +557,6 @@ if __name__ == "__main__":
         iteration += 1
         remaining = 1 - global_step / args.total_timesteps
         agent_optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-        if decomposer is not None:
-            decomposer_optimizer.param_groups[0]["lr"] = args.decomposer_lr * (remaining if args.anneal_lr else 1)
         ent_coef = args.ent_coef * (remaining if args.anneal_ent else 1)
         clock = [time.time()]
 
@@ -586,6 +585,7 @@ if __name__ == "__main__":
             buffer.add(obs=episodes["obs"].half(), act=act, valid=valid, returns=returns)
 
             # 3. Fit the decomposer to the returns of stored episodes.
+            decomposer_optimizer.param_groups[0]["lr"] = args.decomposer_lr * (remaining if args.anneal_lr else 1)
             losses = []
             for _ in range(args.decomposer_updates):
                 batch = buffer.sample(args.decomposer_batch_size)

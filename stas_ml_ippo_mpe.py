@@ -566,8 +566,6 @@ if __name__ == "__main__":
         iteration += 1
         remaining = 1 - global_step / args.total_timesteps
         agent_optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-        if decomposer is not None:
-            decomposer_optimizer.param_groups[0]["lr"] = args.decomposer_lr * (remaining if args.anneal_lr else 1)
         ent_coef = args.ent_coef * (remaining if args.anneal_ent else 1)
         clock = [time.time()]
 
@@ -596,6 +594,7 @@ if __name__ == "__main__":
             buffer.add(obs=episodes["obs"].half(), act=act, valid=valid, returns=returns)
 
             # 3. Fit the decomposer to the returns of stored episodes.
+            decomposer_optimizer.param_groups[0]["lr"] = args.decomposer_lr * (remaining if args.anneal_lr else 1)
             losses = []
             for _ in range(args.decomposer_updates):
                 batch = buffer.sample(args.decomposer_batch_size)
