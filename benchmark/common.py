@@ -12,6 +12,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
@@ -125,6 +127,37 @@ def rates_in_turns(players: dict, turns: int, min_seconds: float) -> dict:
             if turn > 0:  # the first turn warms up
                 rates[name].append(steps_per_second)
     return {name: np.array(values) for name, values in rates.items()}
+
+
+def random_episodes(num_episodes: int, steps: int, num_agents: int, obs_dim: int) -> tuple:
+    """Random obs, act, valid and returns of episodes of full length with five discrete actions."""
+    obs, act = (
+        torch.randn(num_episodes, steps, num_agents, obs_dim),
+        torch.randint(5, (num_episodes, steps, num_agents)),
+    )
+    return obs, act, torch.ones(num_episodes, steps, dtype=torch.bool), torch.randn(num_episodes)
+
+
+def updater(decomposer, fused: bool = True):
+    """update(obs, act, valid, returns) makes one update of a decomposer, and returns its milliseconds."""
+    optimizer = torch.optim.Adam(decomposer.parameters(), lr=3e-3, fused=fused)
+
+    def update(obs, act, valid, returns) -> float:
+        start = time.perf_counter()
+        loss = F.mse_loss(decomposer(obs, act, valid).sum(dim=(1, 2)), returns)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return 1000 * (time.perf_counter() - start)
+
+    return update
+
+
+def medians_in_turns(functions: list, turns: int, warm_up: int) -> list[float]:
+    """The median of what each function returns, called in turns, after some turns to warm up."""
+    return np.median(
+        [[function() for function in functions] for _ in range(turns + warm_up)][warm_up:], axis=0
+    ).tolist()
 
 
 def draw_ranges(axis, x: list[int], values: list[list[float]], style: str, color: str, label: str) -> None:

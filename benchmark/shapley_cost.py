@@ -9,17 +9,16 @@ Rows go into benchmark/results/shapley_cost.csv.
 import re
 import resource
 import sys
-import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.figure
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
-from common import RESULTS, ROOT, in_processes, missing, read
+from common import RESULTS, ROOT, in_processes, medians_in_turns, missing, random_episodes, read, updater
 
 sys.path.insert(0, str(ROOT))
 from stas_ippo_mpe import Args as Flags
@@ -51,29 +50,17 @@ def peak_mib() -> float:
 def cost_of(num_agents: int, steps: int, window: int, threads: int, samples: str, updates: int) -> list[dict]:
     """Median milliseconds of an update of 128 episodes with every M of `samples`, in turns; peak memory of all."""
     torch.set_num_threads(threads)
-    obs = torch.randn(128, steps, num_agents, 18)
-    act = torch.randint(5, (128, steps, num_agents))
-    valid, returns = torch.ones(128, steps, dtype=torch.bool), torch.randn(128)
+    episodes = random_episodes(128, steps, num_agents, 18)
     env = SimpleNamespace(obs_dim=18, num_actions=5, num_agents=num_agents, horizon=steps, continuous=False)
-    decomposers = {int(M): Decomposer(Flags(mc_samples=int(M), attention_window=window), env) for M in samples.split()}
-    optimizers = {M: torch.optim.Adam(decomposer.parameters(), lr=3e-3) for M, decomposer in decomposers.items()}
-
-    def update(M: int, episodes: int) -> float:
-        start = time.perf_counter()
-        predicted = decomposers[M](obs[:episodes], act[:episodes], valid[:episodes]).sum(dim=(1, 2))
-        loss = F.mse_loss(predicted, returns[:episodes])
-        optimizers[M].zero_grad()
-        loss.backward()
-        optimizers[M].step()
-        return 1000 * (time.perf_counter() - start)
-
-    for M in decomposers:
-        update(M, 1)  # loads what torch loads late
+    coalitions = [int(M) for M in samples.split()]
+    update_of = [updater(Decomposer(Flags(mc_samples=M, attention_window=window), env)) for M in coalitions]
+    for update in update_of:
+        update(*(x[:1] for x in episodes))  # loads what torch loads late
     before = peak_mib()
-    times = np.array([[update(M, 128) for M in decomposers] for _ in range(updates + 2)])[2:]  # the first two warm up
+    medians = medians_in_turns([partial(update, *episodes) for update in update_of], updates, warm_up=2)
     key = {"num_agents": num_agents, "steps": steps, "window": window, "threads": threads, "samples": samples}
-    memory, medians = round(peak_mib() - before, 1), np.median(times, axis=0).round(2).tolist()
-    return [key | {"mc_samples": M, "ms": ms, "peak_mib": memory} for M, ms in zip(decomposers, medians)]
+    memory = round(peak_mib() - before, 1)
+    return [key | {"mc_samples": M, "ms": round(ms, 2), "peak_mib": memory} for M, ms in zip(coalitions, medians)]
 
 
 def measure(args: Args) -> None:

@@ -12,16 +12,14 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
-from common import RESULTS, ROOT, append, missing, read
+from common import RESULTS, ROOT, append, medians_in_turns, missing, random_episodes, read, updater
 
 sys.path.insert(0, str(ROOT))
 import stas_ippo_mpe
@@ -54,43 +52,27 @@ def load(commit: str):
         spec = importlib.util.spec_from_file_location("earlier", path)
         module = sys.modules["earlier"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.fused = {"fused": True} if b"fused=True" in source.stdout else {}
+        module.fused = b"fused=True" in source.stdout  # its Adam; today's is
     return module
 
 
-def updater(module, num_agents: int, samples: int, flags: dict):
-    """A function that makes one update of a new decomposer on random episodes of spread, and returns its seconds."""
-    args = module.Args(num_agents=num_agents, mc_samples=samples, **flags)
-    E, obs_dim = args.decomposer_batch_size, module.make_env(args, 1).obs_dim
+def update_of(module, num_agents: int, samples: int, size: str):
+    """A function that makes one update of a new decomposer on random episodes, and returns its milliseconds."""
+    args = module.Args(num_agents=num_agents, mc_samples=samples, **SIZES[size])
+    obs_dim = module.make_env(args, 1).obs_dim
     env = SimpleNamespace(obs_dim=obs_dim, num_actions=5, num_agents=num_agents, horizon=25, continuous=False)
-    obs, act = torch.randn(E, 25, num_agents, obs_dim), torch.randint(5, (E, 25, num_agents))
-    valid, returns = torch.ones(E, 25, dtype=torch.bool), torch.randn(E)
-    decomposer = module.Decomposer(args, env)
-    optimizer = torch.optim.Adam(decomposer.parameters(), lr=3e-3, **getattr(module, "fused", {"fused": True}))
-
-    def update() -> float:
-        start = time.perf_counter()
-        loss = F.mse_loss(decomposer(obs, act, valid).sum(dim=(1, 2)), returns)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return time.perf_counter() - start
-
-    return update
+    episodes = random_episodes(args.decomposer_batch_size, 25, num_agents, obs_dim)
+    return partial(updater(module.Decomposer(args, env), getattr(module, "fused", True)), *episodes)
 
 
 def measure(args: Args, earlier, num_agents: int, threads: int, size: str) -> dict[str, float]:
     """Median milliseconds of an update: earlier, now, and now with one and with ten coalitions."""
     torch.set_num_threads(threads)
-    flags = SIZES[size]
-    updates = {
-        "earlier": updater(earlier, num_agents, 5, flags),
-        "now": updater(stas_ippo_mpe, num_agents, 5, flags),
-        "M = 1": updater(stas_ippo_mpe, num_agents, 1, flags),
-        "M = 10": updater(stas_ippo_mpe, num_agents, 10, flags),
-    }
-    times = [[1000 * update() for update in updates.values()] for _ in range(args.updates + 3)][3:]
-    return dict(zip(updates, np.median(times, axis=0).round(2).tolist()))
+    compared = {"earlier": (earlier, 5), "now": (stas_ippo_mpe, 5), "M = 1": (stas_ippo_mpe, 1)}
+    compared |= {"M = 10": (stas_ippo_mpe, 10)}
+    updates = [update_of(module, num_agents, samples, size) for module, samples in compared.values()]
+    medians = medians_in_turns(updates, args.updates, warm_up=3)
+    return {name: round(ms, 2) for name, ms in zip(compared, medians)}
 
 
 if __name__ == "__main__":
