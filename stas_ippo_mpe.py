@@ -179,7 +179,7 @@ def sample_coalitions(
     """Coalitions, drawn afresh for every (episode, step) pair (paper, section 4.2), and their weights.
 
     Coin flips and orders come in antithetic pairs, m and m + ceil(M / 2): the second flips every coin, or reverses the
-    order, of the first. Each is distributed as if drawn alone, but their mean varies less. With odd M one stays alone.
+    order, of the first. Each is distributed as if drawn alone, but their mean varies less. A draw serves all agents.
 
     Args:
         kind: "bernoulli": every other agent joins with probability 1/2, which is uniform over coalitions and so
@@ -193,8 +193,8 @@ def sample_coalitions(
     self_mask = torch.eye(num_agents, dtype=torch.bool, device=device)
     pairs = (num_samples + 1) // 2
     if kind == "bernoulli":
-        first = torch.rand(pairs, batch, num_agents, num_agents, device=device) < 0.5
-        masks = torch.cat((first, ~first))[:num_samples] | self_mask
+        first = torch.rand(pairs, batch, num_agents, device=device) < 0.5
+        masks = torch.cat((first, ~first))[:num_samples].unsqueeze(2) | self_mask
     elif kind == "permutation":
         # Agents arrive at uniformly random times, and so in a random order: before i come those who arrive earlier.
         arrival = torch.rand(pairs, batch, num_agents, device=device)
@@ -248,7 +248,7 @@ class ShapleyAttention(nn.Module):
 
     phi_i = W_O sum_j P_ij v_j, with P_ij = sum_m w_m 1[j in C_m] e_ij / sum_{k in C_m} e_ik and e_ij = exp(score_ij),
     C_m with i itself. W_Q is agent-specific, W_K, W_V and W_O are shared; an identity is added to each agent's input.
-    The same as attending anew under every coalition, but e and v are computed once, which is cheap at small N:
+    The same as attending anew under every coalition, but e and v are computed only once:
 
         phi = sum(w * W_O(softmax(scores.masked_fill(~mask.unsqueeze(1), -inf)) @ v) for mask, w in zip(masks, weights))
     """
@@ -268,18 +268,15 @@ class ShapleyAttention(nn.Module):
         query = x @ self.query
         key, value = self.key_value(x).chunk(2, dim=-1)
         query, key, value = (y.view(N, B, self.num_heads, -1).permute(1, 2, 0, 3) for y in (query, key, value))
-        # There are few agents and many steps: what follows for each pair of agents i, j has the steps as inner axes.
-        scores = (query @ key.transpose(-2, -1) / math.sqrt(key.shape[-1])).permute(2, 3, 0, 1)  # (N, N, B, H)
+        scores = query @ key.transpose(-2, -1) / math.sqrt(key.shape[-1])  # (B, H, N, N)
         # A factor of e_i cancels in P_i. Relative to the agent's own score, its own e is 1, and in every coalition: no
         # sum is too small to divide by. The clamp prevents overflow; it binds beyond differences of 40.
-        own = scores.diagonal().permute(2, 0, 1).unsqueeze(1)  # (N, 1, B, H)
-        e = (scores - own).clamp(-40, 40).exp()  # (N, N, B, H)
-        masks = masks.permute(0, 2, 3, 1).to(x.dtype, memory_format=torch.contiguous_format).unsqueeze(-1)
-        P_over_e = 0  # sum_m w_m 1[j in C_m] / sum_{k in C_m} e_ik, in chunks, for `exact` has many m
-        for some, w in zip(masks.split(16), weights.to(x).view(-1, 1, 1, 1, 1).split(16)):
-            P_over_e = P_over_e + (w / (e * some).sum(dim=2, keepdim=True) * some).sum(dim=0)  # (N, N, B, H)
-        P = e * P_over_e
-        attended = (P.permute(2, 3, 0, 1) @ value).permute(2, 0, 1, 3).reshape(N, B, D)
+        own = scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        e = (scores - own).clamp(-40, 40).exp().permute(0, 2, 3, 1)  # (B, N, N, H)
+        masks = masks.permute(1, 2, 0, 3).to(x.dtype, memory_format=torch.contiguous_format)  # (B or 1, N, M, N)
+        sums = masks @ e  # over the members of each coalition, (B, N, M, H)
+        P = e * (masks.transpose(-2, -1) @ (weights.to(x).unsqueeze(-1) / sums))  # (B, N, N, H)
+        attended = (P.permute(0, 3, 1, 2) @ value).permute(2, 0, 1, 3).reshape(N, B, D)
         return self.proj(attended).transpose(0, 1)
 
 
