@@ -116,6 +116,7 @@ class Args:
     before it in a random order (Shapley's weights); exact: all coalitions with Shapley's weights (up to 8 agents); all:
     everyone always, which is plain attention"""
     embedding: Literal["mlp", "linear"] = "mlp"  # of the decomposer's inputs: two hidden layers of 2 D, or none (paper)
+    outcome: bool = True  # the decomposer sees what an agent observes after a step too, not only before it (paper)
     emb_dim: int = 32  # width of the decomposer, D
     num_heads: int = 1  # attention heads of the decomposer
     num_layers: int = 1  # temporal attention layers of the decomposer (0: attention over agents only)
@@ -281,28 +282,29 @@ class ShapleyAttention(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Tokens: what an agent observes and does in a step and who it is, embedded, plus a position for the step."""
+    """Tokens: what an agent sees and does in a step, sees next if `outcome` (at the end again the same), and who it is,
+    embedded, plus a position for the step."""
 
     def __init__(self, args, env):
         super().__init__()
         D, N = args.emb_dim, env.num_agents
-        self.continuous, self.num_actions = env.continuous, env.num_actions
+        self.outcome, self.continuous, self.num_actions = args.outcome, env.continuous, env.num_actions
         self.register_buffer("agent_id", torch.eye(N), persistent=False)
-        inputs = env.obs_dim + env.num_actions + N
-        if args.embedding == "mlp":
-            hidden = (nn.Linear(inputs, 2 * D), nn.ReLU(), nn.Linear(2 * D, 2 * D), nn.ReLU())
-            self.layers = nn.Sequential(*hidden, nn.Linear(2 * D, D))
-        else:
-            self.layers = nn.Linear(inputs, D)
+        inputs = (1 + args.outcome) * env.obs_dim + env.num_actions + N
+        hidden = (nn.Linear(inputs, 2 * D), nn.ReLU(), nn.Linear(2 * D, 2 * D), nn.ReLU(), nn.Linear(2 * D, D))
+        self.layers = nn.Sequential(*hidden) if args.embedding == "mlp" else nn.Linear(inputs, D)
         self.position = nn.Parameter(torch.zeros(env.horizon, D))
 
-    def forward(self, obs: torch.Tensor, act: torch.Tensor) -> torch.Tensor:
-        """obs (E, T, N, O), act (E, T, N) or (E, T, N, A) -> (N, E, T, D): steps of an agent side by side in memory"""
+    def forward(self, obs: torch.Tensor, act: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """obs (E, T, N, O), act (E, T, N[, A]), valid (E, T) -> (N, E, T, D): one agent after another in memory"""
+        if self.outcome:
+            follows = F.pad(valid[:, 1:], (0, 1))[..., None, None]
+            obs = torch.cat((obs, torch.where(follows, obs.roll(-1, dims=1), obs)), dim=-1)
         if not self.continuous:
             act = F.one_hot(act.long(), self.num_actions)
-        # A buffer may hold half precision and short integers.
-        x = torch.cat((obs.to(self.position), act.to(self.position), self.agent_id.expand(*obs.shape[:3], -1)), dim=-1)
-        return self.layers(x.permute(2, 0, 1, 3)) + self.position[: obs.shape[1]]
+        # A buffer may hold half precision and short integers. Scaled up, fine differences are learned much sooner.
+        inputs = (5 * obs.to(self.position), act.to(self.position), self.agent_id.expand(*obs.shape[:3], -1))
+        return self.layers(torch.cat(inputs, dim=-1).permute(2, 0, 1, 3)) + self.position[: obs.shape[1]]
 
 
 class Decomposer(nn.Module):
@@ -329,7 +331,7 @@ class Decomposer(nn.Module):
         """obs (E, T, N, O), act (E, T, N[, A]), valid (E, T) -> credits (E, T, N) / reward scale, 0 where not valid"""
         E, T, N, _ = obs.shape
         L = int(valid.any(dim=0).sum())  # the longest episode: no work on steps that none reaches
-        x = self.embed(obs[:, :L], act[:, :L]).view(N * E, L, -1)  # one sequence per agent
+        x = self.embed(obs[:, :L], act[:, :L], valid[:, :L]).view(N * E, L, -1)  # one sequence per agent
         for layer in self.temporal:
             x = layer(x)
         x = self.norm(x).view(N, E * L, -1)

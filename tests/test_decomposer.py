@@ -262,7 +262,7 @@ def new_decomposer(kind: type = Decomposer, seed: int = 0, **flags) -> Decompose
     sizes = dict(obs_dim=OBS, num_actions=A, num_agents=N, horizon=T, continuous=False)
     env = SimpleNamespace(**{name: flags.pop(name, value) for name, value in sizes.items()})
     defaults = dict(emb_dim=D, num_heads=H, num_layers=2, mc_samples=3, coalition="bernoulli", attention_window=0)
-    defaults |= dict(credit="stas", embedding="mlp")
+    defaults |= dict(credit="stas", embedding="mlp", outcome=True)
     return kind(SimpleNamespace(**defaults | flags), env)
 
 
@@ -298,17 +298,20 @@ def seeded(decomposer, *episodes, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("coalition", ["bernoulli", "permutation", "exact", "all"])
 @pytest.mark.parametrize("credit", ["stas", "temporal"])
-def test_no_credit_depends_on_later_steps(kind, coalition, credit):
-    decomposer, (obs, act, _) = make_decomposer(kind, coalition=coalition, credit=credit), make_episodes()
+@pytest.mark.parametrize("outcome", [False, True])
+def test_no_credit_depends_on_later_steps(kind, coalition, credit, outcome):
+    """Nor on later observations, but for the one a step leads to if `outcome` is set."""
+    decomposer = make_decomposer(kind, coalition=coalition, credit=credit, outcome=outcome)
+    obs, act, _ = make_episodes()
     valid = torch.ones(E, T, dtype=torch.bool)
     before = seeded(decomposer, obs, act, valid)
     for t in range(T):
         obs2, act2 = obs.clone(), act.clone()
         obs2[:, t] += 1
         act2[:, t] = (act2[:, t] + 1) % A
-        after = seeded(decomposer, obs2, act2, valid)
-        assert torch.allclose(before[:, :t], after[:, :t], atol=1e-6)
-        assert ((before - after)[:, t:].abs().amax(dim=(0, 2)) > 1e-4).all()  # and all later steps see it
+        after, first = seeded(decomposer, obs2, act2, valid), max(0, t - outcome)
+        assert torch.allclose(before[:, :first], after[:, :first], atol=1e-6)
+        assert ((before - after)[:, first:].abs().amax(dim=(0, 2)) > 1e-4).all()  # and all later steps see it
 
 
 def test_what_lies_after_the_end_changes_nothing(kind):
@@ -339,9 +342,9 @@ def test_temporal_shares_equally(kind):
 
 
 def embedding_by_definition(embed: Embedding, obs: torch.Tensor, act: torch.Tensor, t: int, i: int) -> torch.Tensor:
-    """The token of agent i at step t: obs (O,), act () or (A,) -> (D,)"""
+    """The token of agent i at step t: obs (O,) or, with the next, (2 O,), act () or (A,) -> (D,)"""
     act = act if embed.continuous else torch.eye(A)[act]
-    x = torch.cat((obs, act, torch.eye(N)[i])).to(obs.dtype)
+    x = torch.cat((5 * obs, act, torch.eye(N)[i])).to(obs.dtype)
     layers = embed.layers
     if isinstance(layers, torch.nn.Linear):
         return layers.weight @ x + layers.bias + embed.position[t]
@@ -352,20 +355,23 @@ def embedding_by_definition(embed: Embedding, obs: torch.Tensor, act: torch.Tens
 
 @pytest.mark.parametrize("kind_of_embedding", ["mlp", "linear"])
 @pytest.mark.parametrize("continuous", [False, True])
-def test_embedding_by_definition(kind_of_embedding, continuous):
-    embed = make_decomposer(embedding=kind_of_embedding, continuous=continuous).embed
-    obs, act, _ = make_episodes()
+@pytest.mark.parametrize("outcome", [False, True])
+def test_embedding_by_definition(kind_of_embedding, continuous, outcome):
+    embed = make_decomposer(embedding=kind_of_embedding, continuous=continuous, outcome=outcome).embed
+    obs, act, valid = make_episodes()
     act = torch.rand(E, T, N, A) if continuous else act
-    tokens = embed(obs, act)
+    tokens = embed(obs, act, valid)
     assert tokens.shape == (N, E, T, D) and tokens.is_contiguous()
     for e, t, i in itertools.product(range(E), range(T), range(N)):
-        expected = embedding_by_definition(embed, obs[e, t, i], act[e, t, i], t, i)
+        following = t + 1 if t + 1 < valid[e].sum() else t
+        seen = torch.cat((obs[e, t, i], obs[e, following, i])) if outcome else obs[e, t, i]
+        expected = embedding_by_definition(embed, seen, act[e, t, i], t, i)
         assert torch.allclose(tokens[i, e, t], expected, atol=1e-5)
 
 
 def test_a_new_decomposer_sees_each_step_alone(kind):
     """Its temporal layers begin as the identity, so that no credit depends on earlier steps."""
-    decomposer, (obs, act, valid) = new_decomposer(kind), make_episodes()
+    decomposer, (obs, act, valid) = new_decomposer(kind, outcome=False), make_episodes()
     torch.nn.init.normal_(decomposer.head.weight)
     before = seeded(decomposer, obs, act, valid)
     obs[:, 0] += 1
@@ -378,7 +384,7 @@ def test_blocks_of_a_new_stas_ml_do_not_feed_each_other():
 
 
 def test_without_temporal_layers_credits_see_their_step_alone():
-    decomposer, (obs, act, valid) = make_decomposer(num_layers=0), make_episodes()
+    decomposer, (obs, act, valid) = make_decomposer(num_layers=0, outcome=False), make_episodes()
     before = seeded(decomposer, obs, act, valid)
     obs[:, 2] += 1
     changed = (seeded(decomposer, obs, act, valid) - before).abs().amax(dim=(0, 2)) > 1e-6
@@ -485,7 +491,7 @@ def test_stas_ml_with_one_block_is_stas(credit):
 
 def test_stas_ml_by_definition():
     """Three blocks, one episode and one step of one agent at a time; the head reads every block's output."""
-    decomposer = make_decomposer(MLDecomposer, num_layers=3, coalition="exact").double()
+    decomposer = make_decomposer(MLDecomposer, num_layers=3, coalition="exact", outcome=False).double()
     for parameter in decomposer.parameters():  # norms of a new network are all alike
         torch.nn.init.normal_(parameter, std=0.5)
     obs, act, valid = (x.double() if x.is_floating_point() else x for x in make_episodes())
@@ -540,7 +546,7 @@ def test_a_window_as_long_as_the_episode_is_full_attention(kind):
 
 def test_how_far_a_window_reaches(kind):
     """Each of two layers looks back on W - 1 earlier steps."""
-    decomposer, (obs, act, _) = make_decomposer(kind, attention_window=2), make_episodes()
+    decomposer, (obs, act, _) = make_decomposer(kind, attention_window=2, outcome=False), make_episodes()
     valid = torch.ones(E, T, dtype=torch.bool)
     before = seeded(decomposer, obs, act, valid)
     obs[:, 1] += 1
