@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.figure
 import numpy as np
@@ -34,6 +35,8 @@ CHANGES = {  # name: flags
 class Args:
     scenarios: list[str] = field(default_factory=lambda: ["spread", "tag"])
     """scenarios to run"""
+    changes: list[Literal[tuple(CHANGES)]] = field(default_factory=lambda: list(CHANGES))
+    """what to change, one at a time"""
     seeds: list[int] = field(default_factory=lambda: [11])
     """seeds to run"""
     workers: int = 2
@@ -94,7 +97,7 @@ def report(rows: list[dict], path: Path) -> None:
 if __name__ == "__main__":
     args = tyro.cli(Args)
     check_seeds(args)
-    jobs = [(scenario, change, seed) for seed in args.seeds for scenario in args.scenarios for change in CHANGES]
+    jobs = [(scenario, change, seed) for seed in args.seeds for scenario in args.scenarios for change in args.changes]
     jobs = missing(args.results / "frontier.csv", ("scenario", "change", "seed"), jobs)
     if not args.report:
         run_all(partial(run, args), jobs, args.workers)

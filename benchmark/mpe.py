@@ -128,7 +128,8 @@ def table(rows: list[dict]) -> str:
     for name, runs in found.items():
         extra = name.removeprefix(runs[0]["row"])  # other flags are compared with rows of the same
         episodic, dense = (found.get(other + extra, []) for other in ("episodic", "dense"))
-        whole = paired(dense, episodic, "training_return")
+        seeds = {row["seed"] for row in runs}
+        whole = paired([row for row in dense if row["seed"] in seeds], episodic, "training_return")
         gain = paired(runs, episodic, "training_return")
         cells = [interval([float(row[column]) for row in runs]) for column in ("return", "training_return")]
         if runs[0]["row"] == "episodic":
