@@ -282,6 +282,7 @@ ALIVE = {
     "decomposer_lr": "1e-2",
     "decomposer_batch_size": "9",
     "decomposer_updates": "3",
+    "outcome": "no",
     "buffer_size": "10",
     "learning_starts": "9",
     "reward_scale": "30",
