@@ -267,8 +267,8 @@ class ShapleyAttention(nn.Module):
         own = scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         e = (scores - own).clamp(-40, 40).exp().permute(0, 2, 3, 1)  # (B, N, N, H)
         masks = masks.permute(1, 2, 0, 3).to(x.dtype, memory_format=torch.contiguous_format)  # (B or 1, N, M, N)
-        sums = masks @ e  # over the members of each coalition, (B, N, M, H)
-        P = e * (masks.transpose(-2, -1) @ (weights.to(x).unsqueeze(-1) / sums))  # (B, N, N, H)
+        sums = torch.einsum("bimj,bijh->bimh", masks, e)  # over the members of each coalition
+        P = e * torch.einsum("bimj,bimh->bijh", masks, weights.to(x).unsqueeze(-1) / sums)  # (B, N, N, H)
         attended = (P.permute(0, 3, 1, 2) @ value).permute(2, 0, 1, 3).reshape(N, B, D)
         return self.proj(attended).transpose(0, 1)
 
@@ -290,7 +290,7 @@ class Embedding(nn.Module):
     def forward(self, obs: torch.Tensor, act: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """obs (E, T, N, O), act (E, T, N[, A]), valid (E, T) -> (N, E, T, D): one agent after another in memory"""
         if self.outcome:
-            follows = F.pad(valid[:, 1:], (0, 1))[..., None, None]
+            follows = F.pad(valid[:, 1:], (0, 1))[..., None, None]  # (E, T, 1, 1), whether the episode goes on
             obs = torch.cat((obs, torch.where(follows, obs.roll(-1, dims=1), obs)), dim=-1)
         if not self.continuous:
             act = F.one_hot(act.long(), self.num_actions)

@@ -140,7 +140,8 @@ def test_draws_differ_between_steps_and_samples_and_are_seeded(kind):
     masks = draw(0)
     assert masks.shape == (5, 200, 4, 4) and masks.dtype == torch.bool
     assert masks.diagonal(dim1=-2, dim2=-1).all()
-    assert len(masks.flatten(0, 1).flatten(1).unique(dim=0)) > 15
+    different = {"bernoulli": 2**4, "permutation": math.factorial(4)}[kind]  # who takes part; the order
+    assert len(masks.flatten(0, 1).flatten(1).unique(dim=0)) == different
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[:, 0], masks[:, 1])
     assert torch.equal(masks, draw(0)) and not torch.equal(masks, draw(1))
 
@@ -342,9 +343,10 @@ def test_temporal_shares_equally(kind):
 
 
 def embedding_by_definition(embed: Embedding, obs: torch.Tensor, act: torch.Tensor, t: int, i: int) -> torch.Tensor:
-    """The token of agent i at step t: obs (O,) or, with the next, (2 O,), act () or (A,) -> (D,)"""
-    act = act if embed.continuous else torch.eye(A)[act]
-    x = torch.cat((5 * obs, act, torch.eye(N)[i])).to(obs.dtype)
+    """The token of agent i at step t of an episode cut to its length: obs (T, N, O), act (T, N[, A]) -> (D,)"""
+    own_act = act[t, i] if embed.continuous else torch.eye(A)[act[t, i]]
+    seen = (obs[t, i], obs[min(t + 1, len(obs) - 1), i]) if embed.outcome else (obs[t, i],)
+    x = torch.cat((5 * torch.cat(seen), own_act, torch.eye(N)[i])).to(obs.dtype)
     layers = embed.layers
     if isinstance(layers, torch.nn.Linear):
         return layers.weight @ x + layers.bias + embed.position[t]
@@ -363,15 +365,15 @@ def test_embedding_by_definition(kind_of_embedding, continuous, outcome):
     tokens = embed(obs, act, valid)
     assert tokens.shape == (N, E, T, D) and tokens.is_contiguous()
     for e, t, i in itertools.product(range(E), range(T), range(N)):
-        following = t + 1 if t + 1 < valid[e].sum() else t
-        seen = torch.cat((obs[e, t, i], obs[e, following, i])) if outcome else obs[e, t, i]
-        expected = embedding_by_definition(embed, seen, act[e, t, i], t, i)
+        end = max(int(valid[e].sum()), t + 1)  # a step of the padding stands alone
+        expected = embedding_by_definition(embed, obs[e, :end], act[e, :end], t, i)
         assert torch.allclose(tokens[i, e, t], expected, atol=1e-5)
 
 
-def test_a_new_decomposer_sees_each_step_alone(kind):
+@pytest.mark.parametrize("outcome", [False, True])
+def test_a_new_decomposer_sees_each_step_alone(kind, outcome):
     """Its temporal layers begin as the identity, so that no credit depends on earlier steps."""
-    decomposer, (obs, act, valid) = new_decomposer(kind, outcome=False), make_episodes()
+    decomposer, (obs, act, valid) = new_decomposer(kind, outcome=outcome), make_episodes()
     torch.nn.init.normal_(decomposer.head.weight)
     before = seeded(decomposer, obs, act, valid)
     obs[:, 0] += 1
@@ -383,12 +385,13 @@ def test_blocks_of_a_new_stas_ml_do_not_feed_each_other():
     assert torch.equal(new_decomposer(MLDecomposer, num_layers=3).gate, torch.zeros(2))
 
 
-def test_without_temporal_layers_credits_see_their_step_alone():
-    decomposer, (obs, act, valid) = make_decomposer(num_layers=0, outcome=False), make_episodes()
+@pytest.mark.parametrize("outcome", [False, True])
+def test_without_temporal_layers_credits_see_their_step_alone(outcome):
+    decomposer, (obs, act, valid) = make_decomposer(num_layers=0, outcome=outcome), make_episodes()
     before = seeded(decomposer, obs, act, valid)
     obs[:, 2] += 1
     changed = (seeded(decomposer, obs, act, valid) - before).abs().amax(dim=(0, 2)) > 1e-6
-    assert changed.tolist() == [t == 2 for t in range(T)]
+    assert changed.tolist() == [2 - outcome <= t <= 2 for t in range(T)]
 
 
 @pytest.mark.parametrize("continuous", [False, True])
@@ -491,14 +494,14 @@ def test_stas_ml_with_one_block_is_stas(credit):
 
 def test_stas_ml_by_definition():
     """Three blocks, one episode and one step of one agent at a time; the head reads every block's output."""
-    decomposer = make_decomposer(MLDecomposer, num_layers=3, coalition="exact", outcome=False).double()
+    decomposer = make_decomposer(MLDecomposer, num_layers=3, coalition="exact").double()
     for parameter in decomposer.parameters():  # norms of a new network are all alike
         torch.nn.init.normal_(parameter, std=0.5)
     obs, act, valid = (x.double() if x.is_floating_point() else x for x in make_episodes())
     for e in range(E):
         length = int(valid[e].sum())
-        inputs = [[(obs[e, t, i], act[e, t, i], t, i) for t in range(length)] for i in range(N)]
-        tokens = [[embedding_by_definition(decomposer.embed, *each) for each in row] for row in inputs]
+        episode = obs[e, :length], act[e, :length]
+        tokens = [[embedding_by_definition(decomposer.embed, *episode, t, i) for t in range(length)] for i in range(N)]
         outputs = []
         for k in range(3):
             tokens = [list(decomposer.temporal[k](torch.stack(row).unsqueeze(0))[0]) for row in tokens]
@@ -544,14 +547,15 @@ def test_a_window_as_long_as_the_episode_is_full_attention(kind):
     assert not torch.allclose(seeded(make_decomposer(kind, attention_window=T - 1), *episodes), full)
 
 
-def test_how_far_a_window_reaches(kind):
+@pytest.mark.parametrize("outcome", [False, True])
+def test_how_far_a_window_reaches(kind, outcome):
     """Each of two layers looks back on W - 1 earlier steps."""
-    decomposer, (obs, act, _) = make_decomposer(kind, attention_window=2, outcome=False), make_episodes()
+    decomposer, (obs, act, _) = make_decomposer(kind, attention_window=2, outcome=outcome), make_episodes()
     valid = torch.ones(E, T, dtype=torch.bool)
     before = seeded(decomposer, obs, act, valid)
     obs[:, 1] += 1
     reached = ((seeded(decomposer, obs, act, valid) - before).abs().amax(dim=(0, 2)) > 1e-6).tolist()
-    assert reached == [False, True, True, True, False, False, False]
+    assert reached == [outcome, True, True, True, False, False, False]
 
 
 def test_memory_of_a_window_grows_with_the_length_not_its_square():
