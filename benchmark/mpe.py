@@ -26,11 +26,16 @@ TASKS = {  # name: flags, seeds
     "spread 3": ("", 5),
     "spread 6": ("--num-agents 6 --total-timesteps 345000", 5),
     "tag 3": ("--scenario tag", 8),
+    "spread 15": ("--num-agents 15 --total-timesteps 345000", 3),
+    "spread 3, 50 steps": ("--max-cycles 50 --num-envs 64", 3),
+    "spread 3, 100 steps": ("--max-cycles 100 --num-envs 32", 3),
 }
+DEFAULT_TASKS = ["spread 3", "spread 6", "tag 3"]
 ROWS = {  # name: script, flags
     "stas": (STAS, ""),
     "STAS-ML": (ML, ""),
     "stas, coalition all": (STAS, "--coalition all"),
+    "stas, half shared": (STAS, "--own-share 0.5"),
     "stas, shared equally": (STAS, "--own-share 0"),
     "stas, conserve none": (STAS, "--conserve none"),
     "temporal": (STAS, "--credit temporal"),
@@ -45,7 +50,7 @@ DEFAULT_ROWS = ["stas", "STAS-ML", "episodic", "dense"]
 
 @dataclass
 class Args:
-    tasks: list[Literal[tuple(TASKS)]] = field(default_factory=lambda: list(TASKS))
+    tasks: list[Literal[tuple(TASKS)]] = field(default_factory=lambda: DEFAULT_TASKS)
     """tables to make"""
     rows: list[Literal[tuple(ROWS)]] = field(default_factory=lambda: DEFAULT_ROWS)
     """rows of each table"""

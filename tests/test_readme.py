@@ -42,7 +42,7 @@ def test_training_commands(command, run_script, no_pictures, tmp_path):
 def test_benchmark_commands(command, tmp_path):
     small = {
         "benchmark/alicebob.py": ["--variants", "stas", "--seeds", "1", f"--flags={TINY[ALICEBOB]}"],
-        "benchmark/frontier.py": [*"--scenarios spread --changes default dense".split(), f"--flags={TINY[MPE]}"],
+        "benchmark/frontier.py": ["--tasks", "spread 3", "--changes", "default", "dense", f"--flags={TINY[MPE]}"],
         "benchmark/gridworld.py": ["--num-envs", "1", "8", "--turns", "1", "--min-seconds", "0.01"],
         "benchmark/mpe.py": ["--rows", "stas", "shapley", "--seeds", "1", f"--flags={TINY[MPE]}"],
         "benchmark/update.py": "--against HEAD --num-agents 3 --threads 1 --updates 2".split(),
