@@ -78,7 +78,7 @@ class Args:
     nearest_first: bool = True  # in spread, list others and landmarks by distance, not by name (always with 15)
     num_prey: int | None = None  # prey in tag (None: a third of the agents, at least 1)
     num_obstacles: int | None = None  # obstacles in tag (None: 2 up to 3 agents, 3 up to 6, then 5)
-    max_cycles: int = 25  # steps of an episode
+    max_cycles: int | None = None  # steps of an episode (None: 25; 50 in push)
 
     # PPO
     total_timesteps: int = 600_000  # [PPO] environment steps (joint actions) to train for

@@ -26,6 +26,7 @@ TASKS = {  # name: flags, seeds
     "spread 3": ("", 5),
     "spread 6": ("--num-agents 6 --total-timesteps 345000", 5),
     "tag 3": ("--scenario tag", 8),
+    "push 3": ("--scenario push --num-envs 64 --gamma 0.98 --gae-lambda 0.95 --total-timesteps 1500000", 5),
     "spread 15": ("--num-agents 15 --total-timesteps 345000", 3),
     "spread 3, 50 steps": ("--max-cycles 50 --num-envs 64", 3),
     "spread 3, 100 steps": ("--max-cycles 100 --num-envs 32", 3),

@@ -86,7 +86,7 @@ class ParticleEnv:
             [0, 1]; what lies outside is clipped.
         num_agent_neighbors: how many other agents an agent sees, nearest first (None: all, in order).
         num_landmark_neighbors: the same for landmarks.
-        horizon: steps of an episode, T.
+        horizon: steps of an episode, T (None: 25, as in mpe2; 50 in push).
     State: agent_pos, agent_vel (E, N, 2), landmark_pos (E, L, 2); further bodies as the scenario says.
 
     A scenario adds `build`, which sets `physics`, `reset_state`, `advance(force)` with what drives the agents
@@ -96,6 +96,7 @@ class ParticleEnv:
     num_actions = len(MOVES)
     event_names = {1: "o"}  # marks in pictures of the credits
     accel = 5.0  # force of an action
+    usual_horizon = HORIZON
 
     def __init__(
         self,
@@ -106,10 +107,10 @@ class ParticleEnv:
         continuous_actions: bool = False,
         num_agent_neighbors: int | None = None,
         num_landmark_neighbors: int | None = None,
-        horizon: int = HORIZON,
+        horizon: int | None = None,
     ):
         self.num_envs, self.num_agents, self.continuous = num_envs, num_agents, continuous_actions
-        self.horizon = horizon
+        self.horizon = horizon or self.usual_horizon
         self.num_agent_neighbors, self.num_landmark_neighbors = num_agent_neighbors, num_landmark_neighbors
         self.device, self.dtype = torch.device(device), dtype
         self.generator = torch.Generator(self.device)
@@ -331,13 +332,14 @@ class SimpleTag(ParticleEnv):
 class CooperativePush(ParticleEnv):
     """Cooperative push: N agents push a heavy ball onto a target. Not in mpe2; `PushScenario` is the same game on it.
 
-    Team reward of a step: -2 |ball - target| - 0.1 min_i |agent_i - ball| + 0.1 for every agent that touches the ball.
+    Team reward of a step: -2 |ball - target| - min_i |agent_i - ball|.
     Observation: own velocity, own position, offsets to the ball and the target, offsets to the other agents.
     State: also ball_pos, ball_vel (E, 1, 2). The target is the landmark.
     """
 
     size, ball_size, target_size, ball_mass = 0.06, 0.1, 0.05, 2.0
     legend = "o: touches the ball"
+    usual_horizon = 50  # in 25 steps there is hardly time to walk around the ball and bring it home
     reach, least_distance = 0.8, 0.8  # ball and target start in [-reach, reach]^2, at least this far apart
 
     def build(self) -> None:
@@ -373,7 +375,7 @@ class CooperativePush(ParticleEnv):
     def team_reward(self) -> torch.Tensor:
         to_ball = distances(self.agent_pos, self.ball_pos)[:, :, 0].amin(dim=1)
         to_target = distances(self.ball_pos, self.landmark_pos)[:, 0, 0]
-        return -2 * to_target - 0.1 * to_ball + 0.1 * self.touching().sum(dim=1)
+        return -2 * to_target - to_ball
 
 
 SCENARIOS = {"spread": SimpleSpread, "tag": SimpleTag, "push": CooperativePush}
@@ -390,12 +392,13 @@ def make(
     num_landmark_neighbors: int | None = None,
     num_prey: int | None = None,
     num_obstacles: int | None = None,
-    max_cycles: int = HORIZON,
+    max_cycles: int | None = None,
 ) -> ParticleEnv:
     """A batched environment by name: "spread", "tag" or "push". Only tag has num_prey and num_obstacles.
 
     None means the default: agents see everything, by name, but for the 5 nearest agents and 6 nearest landmarks in
-    spread with 15 agents, the paper's setting; prey and obstacles as `SimpleTag` says. `max_cycles` is the horizon.
+    spread with 15 agents, the paper's setting; prey and obstacles as `SimpleTag` says. `max_cycles` is the horizon
+    (25; 50 in push).
     Raises:
         ValueError: for an unknown scenario, or an option the scenario does not have or cannot take.
     """
@@ -404,9 +407,9 @@ def make(
     if (scenario, num_agents) == ("spread", 15):
         num_agent_neighbors = 5 if num_agent_neighbors is None else num_agent_neighbors
         num_landmark_neighbors = 6 if num_landmark_neighbors is None else num_landmark_neighbors
-    sizes = {"num_envs": num_envs, "num_agents": num_agents, "max_cycles": max_cycles}
+    sizes = {"num_envs": num_envs, "num_agents": num_agents}
     options = {"num_agent_neighbors": num_agent_neighbors, "num_landmark_neighbors": num_landmark_neighbors}
-    options |= {"num_prey": num_prey, "num_obstacles": num_obstacles}
+    options |= {"num_prey": num_prey, "num_obstacles": num_obstacles, "max_cycles": max_cycles}
     options = {name: value for name, value in options.items() if value is not None}
     absent = {"spread": ("num_prey", "num_obstacles"), "push": ("num_prey", "num_obstacles", "num_landmark_neighbors")}
     for name, value in (sizes | options).items():
@@ -414,7 +417,8 @@ def make(
             raise ValueError(f"{name} {value}: must be left out with scenario {scenario}")
         if value < (name != "num_obstacles"):
             raise ValueError(f"{name} {value}: must be at least {int(name != 'num_obstacles')}")
-    return SCENARIOS[scenario](num_envs, num_agents, device, dtype, continuous_actions, horizon=max_cycles, **options)
+    options["horizon"] = options.pop("max_cycles", None)
+    return SCENARIOS[scenario](num_envs, num_agents, device, dtype, continuous_actions, **options)
 
 
 def make_pettingzoo(*args, **options):

@@ -16,7 +16,7 @@ from pettingzoo import ParallelEnv
 from pettingzoo.utils.conversions import parallel_wrapper_fn
 from PIL import Image, ImageDraw, ImageFont
 
-from envs.mpe import HORIZON, MOVES, CooperativePush, ParticleEnv, SimpleTag, make
+from envs.mpe import MOVES, CooperativePush, ParticleEnv, SimpleTag, make
 
 AGENT_COLOUR = (31, 119, 180)
 
@@ -61,8 +61,7 @@ class PushScenario(BaseScenario):
         ball, target = world.landmarks
         to_ball = [float(np.linalg.norm(other.state.p_pos - ball.state.p_pos)) for other in world.agents]
         to_target = float(np.linalg.norm(ball.state.p_pos - target.state.p_pos))
-        touching = sum(d < agent.size + ball.size for d in to_ball)
-        return -2 * to_target - 0.1 * min(to_ball) + 0.1 * touching
+        return -2 * to_target - min(to_ball)
 
     def observation(self, agent: Agent, world: World) -> np.ndarray:
         others = [other for other in world.agents if other is not agent]
@@ -77,7 +76,7 @@ class raw_env(SimpleEnv, EzPickle):
     def __init__(
         self,
         num_agents: int = 3,
-        max_cycles: int = HORIZON,
+        max_cycles: int = CooperativePush.usual_horizon,
         continuous_actions: bool = False,
         render_mode: str | None = None,
         num_agent_neighbors: int | None = None,
@@ -208,13 +207,13 @@ def make_pettingzoo(
     num_landmark_neighbors: int | None = None,
     num_prey: int | None = None,
     num_obstacles: int | None = None,
-    max_cycles: int = HORIZON,
+    max_cycles: int | None = None,
     render_mode: str | None = None,
 ) -> ParticleParallelEnv:
     """The game of `make` with the same options on mpe2: a PettingZoo ParallelEnv of the learning agents only."""
     options = (continuous_actions, num_agent_neighbors, num_landmark_neighbors, num_prey, num_obstacles, max_cycles)
     rules = make(scenario, 1, num_agents, "cpu", torch.float64, *options)  # which checks them, and knows the defaults
-    flags = {"continuous_actions": continuous_actions, "render_mode": render_mode, "max_cycles": max_cycles}
+    flags = {"continuous_actions": continuous_actions, "render_mode": render_mode, "max_cycles": rules.horizon}
     flags |= {"num_agent_neighbors": rules.num_agent_neighbors}
     if scenario == "push":
         return ParticleParallelEnv(push_parallel_env(num_agents=num_agents, **flags), rules)

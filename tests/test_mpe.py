@@ -248,17 +248,19 @@ def test_shapley_reward_adds_up_with_15_agents():
 @pytest.mark.parametrize("scenario", ["spread", "tag", "push"])
 def test_protocol(scenario, continuous):
     env = make(scenario, 5, 4, continuous_actions=continuous)
-    assert (env.num_envs, env.num_agents, env.horizon, env.num_actions, env.continuous) == (5, 4, 25, 5, continuous)
+    horizon = 50 if scenario == "push" else 25
+    sizes = (env.num_envs, env.num_agents, env.horizon, env.num_actions, env.continuous)
+    assert sizes == (5, 4, horizon, 5, continuous)
     shape = (5, 4, 5) if continuous else (5, 4)
     draw = torch.Generator().manual_seed(0)
     obs = env.reset(seed=1)
     assert obs.shape == (5, 4, env.obs_dim) and obs.dtype == torch.float32 and env.t == 0
-    for t in range(25):
+    for t in range(horizon):
         act = torch.rand(shape, generator=draw) if continuous else torch.randint(5, shape, generator=draw)
         obs, team_reward, terminated = env.step(act)
         assert obs.shape == (5, 4, env.obs_dim) and team_reward.shape == (5,) and team_reward.dtype == torch.float32
         assert terminated.shape == (5,) and not terminated.any() and env.t == t + 1
-    with pytest.raises(RuntimeError, match="25"):
+    with pytest.raises(RuntimeError, match=str(horizon)):
         env.step(act)
     env.reset()
     with pytest.raises(ValueError, match="shape"):
@@ -321,7 +323,7 @@ def test_prey_flee_random_predators_but_can_be_caught():
 def test_a_policy_earns_the_same_on_both(scenario):
     """Mean returns within 3 standard errors of their difference. The policy pushes the agents to where they touch."""
     torch.manual_seed(1)
-    env = make(scenario, 2000, 3)
+    env = make(scenario, 2000, 3, max_cycles=25)
     agent = ActorCritic(SimpleNamespace(critic="independent"), env)
     torch.nn.init.normal_(agent.actor[-1].weight, std=1.0)
     with torch.no_grad():
@@ -329,7 +331,9 @@ def test_a_policy_earns_the_same_on_both(scenario):
         for _ in range(25):
             obs, reward, _ = env.step(agent.policy(obs).sample())
             returns = returns + reward
-        figures = play_episodes(make_pettingzoo(scenario, 3), lambda obs: agent.policy(obs).sample(), 150, seed=0)
+        figures = play_episodes(
+            make_pettingzoo(scenario, 3, max_cycles=25), lambda obs: agent.policy(obs).sample(), 150, seed=0
+        )
     error = math.sqrt(figures["episodic_return_std"] ** 2 / 150 + returns.var().item() / 2000)
     assert error > 0 and abs(figures["episodic_return"] - returns.mean().item()) < 3 * error
     assert figures["episodic_length"] == 25
