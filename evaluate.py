@@ -223,11 +223,14 @@ def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, check
     title = f"{env.metadata.get('name', args.exp_name)}, one episode after training; {setting}"
     reward = episode["team_reward"][0].numpy()
     draw_credits(run_dir / "credit.png", credits[0].numpy(), leftover, reward, env, title, marks)
-    images, durations = [Image.fromarray(frame) for frame in frames], [1000 // env.metadata["render_fps"]] * len(frames)
-    durations[-1] = 2000  # rest on the last picture
-    gif = dict(save_all=True, append_images=images[1:], duration=durations, loop=0, format="gif")
-    write_file(run_dir / "episode.gif", lambda path: images[0].save(path, **gif))
-    log_to_tensorboard(run_dir, summary, ["learning_curve.png", "credit.png", "episode.gif"])
+    pictures = ["learning_curve.png", "credit.png"]
+    images = [Image.fromarray(frame) for frame in frames if frame is not None]  # an environment may have none
+    if images:
+        durations = [1000 // env.metadata["render_fps"]] * (len(images) - 1) + [2000]  # rest on the last picture
+        gif = dict(save_all=True, append_images=images[1:], duration=durations, loop=0, format="gif")
+        write_file(run_dir / "episode.gif", lambda path: images[0].save(path, **gif))
+        pictures.append("episode.gif")
+    log_to_tensorboard(run_dir, summary, pictures)
     shown = [key for key in ("treasure_rate", "episodic_return") if f"eval/{key}" in summary]
     report = ", ".join(
         f"{key} {summary[f'eval/{key}']:.2f} (random team {summary[f'random/{key}']:.2f})" for key in shown

@@ -31,8 +31,11 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from envs import EnvFailure
+
 HERE = Path(__file__).parent
 COUNTERS = ("iteration", "global_step", "wall_time", "csv_position")
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 SCRIPTS = sorted(path.name for path in HERE.glob("stas_*.py"))
 
 
@@ -56,11 +59,11 @@ def kept(run_dir: Path | None) -> str:
 
 
 def report_error(kind, error, traceback, run_dir: Path | None = None) -> None:
-    """As sys.excepthook: one line where the machine is to blame, a full disk or memory; else the traceback."""
+    """As sys.excepthook: one line where the machine or the environment is to blame; else the traceback."""
     if kind is RuntimeError and isinstance(error.__context__, OSError):
         error = error.__context__  # torch.save hides it behind its own
-    full_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-    if full_disk or isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+    one_line = isinstance(error, EnvFailure | MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+    if one_line or isinstance(error, OSError) and error.errno in FULL_DISK:
         print(f"error: {(str(error) or kind.__name__).splitlines()[0]}{kept(run_dir)}", file=sys.stderr)
     elif kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, error, traceback)
@@ -137,9 +140,9 @@ def parse_flags(Args: type, ranges: list[tuple], file: str) -> tuple:
 
 def name_run(args, env_name: str) -> str:
     """{environment}__{exp_name}__{flags that differ from the defaults, 100 characters}__{seed}__{microseconds}"""
-    named = "exp_name seed scenario num_agents run_dir cuda num_threads track wandb_project_name wandb_entity".split()
-    changed = [f.name for f in fields(args) if getattr(args, f.name) != f.default and f.name not in named]
-    changes = ",".join(f"{name}={getattr(args, name)}" for name in changed)[:100]
+    named = "exp_name seed scenario env_id num_agents run_dir cuda num_threads track wandb_project_name wandb_entity"
+    changed = [f.name for f in fields(args) if getattr(args, f.name) != f.default and f.name not in named.split()]
+    changes = re.sub(r"[^\w.,=+-]", "", ",".join(f"{name}={getattr(args, name)}" for name in changed))[:100]
     return "__".join(filter(None, (env_name, args.exp_name, changes, str(args.seed), str(time.time_ns() // 1000))))
 
 

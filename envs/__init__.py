@@ -41,3 +41,7 @@ A roll-out of whole episodes is then
 
 For an environment of your own, write a class with these names, then follow "Your own environment" in the README.
 """
+
+
+class EnvFailure(RuntimeError):
+    """What an environment that is not ours did wrong during an episode, in one line."""

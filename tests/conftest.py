@@ -12,11 +12,17 @@ from PIL import Image
 
 torch.set_num_threads(1)  # on tensors as small as here a second thread only costs
 ROOT = Path(__file__).parent.parent
-ALICEBOB, MPE, ML = SCRIPTS = ("stas_ippo_alicebob.py", "stas_ippo_mpe.py", "stas_ml_ippo_mpe.py")
+ALICEBOB, MPE, ML, PETTINGZOO = SCRIPTS = (
+    "stas_ippo_alicebob.py",
+    "stas_ippo_mpe.py",
+    "stas_ml_ippo_mpe.py",
+    "stas_ippo_pettingzoo.py",
+)
 # A whole run of three small iterations of 200 steps, about a second long.
 COMMON = "--total-timesteps 600 --emb-dim 8 --num-heads 2 --num-layers 1 --decomposer-batch-size 8"
 COMMON += " --decomposer-updates 2 --update-epochs 2 --num-minibatches 4 --buffer-size 12 --eval-episodes 2"
 TINY = {ALICEBOB: f"{COMMON} --num-threads 1 --num-envs 5", MPE: f"{COMMON} --num-threads 1 --num-envs 8"}
+TINY[PETTINGZOO] = TINY[MPE]
 TINY[ML] = TINY[MPE].replace("--num-layers 1", "--num-layers 2")
 
 
@@ -63,5 +69,6 @@ def no_pictures(monkeypatch):
     dot = np.zeros((9, 9, 3), np.uint8)
     for draw in ("envs.alice_bob.draw", "envs.mpe_pettingzoo.draw"):
         monkeypatch.setattr(draw, lambda *state: dot)
+    monkeypatch.setattr("envs.pettingzoo.UniformEnv.render", lambda env: dot)
     savefig = "matplotlib.figure.Figure.savefig"
     monkeypatch.setattr(savefig, lambda figure, path, **options: Image.fromarray(dot).save(path, format="png"))

@@ -88,7 +88,7 @@ def test_every_flag_and_file_that_is_named_exists():
     sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")])
     both = README + BENCHMARKS
     assert not re.search(r"@\w+@", both)  # a place left to fill in
-    for name in set(re.findall(r"--([a-z][a-z-]+[a-z])", both)) - {"help", "logdir", "index-url"}:
+    for name in set(re.findall(r"--([a-z][a-z-]+[a-z])", both)) - {"help", "logdir", "index-url", "nproc-per-node"}:
         assert re.search(rf"\b{name.removeprefix('no-').replace('-', '_')}: ", sources), f"--{name} is no flag"
     for name in re.findall(r"`((?:benchmark|envs|tests|assets)/[\w./]*|\w+\.(?:py|txt|cff|toml))`", both):
         generated = ("checkpoint", "config", "metrics", "summary")

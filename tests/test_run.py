@@ -14,19 +14,25 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from conftest import ALICEBOB, ML, MPE, ROOT, SCRIPTS, TINY
+from conftest import ALICEBOB, ML, MPE, PETTINGZOO, ROOT, SCRIPTS, TINY
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import stas_ippo_alicebob
 import stas_ippo_mpe
+import stas_ippo_pettingzoo
 import stas_ml_ippo_mpe
 from envs.alice_bob import AliceBob
 from envs.mpe import make
 from evaluate import play_episode
 
 TIMES = ("wall_time", "time/", "charts/SPS")
-MODULES = {ALICEBOB: stas_ippo_alicebob, MPE: stas_ippo_mpe, ML: stas_ml_ippo_mpe}
+MODULES = {
+    ALICEBOB: stas_ippo_alicebob,
+    MPE: stas_ippo_mpe,
+    ML: stas_ml_ippo_mpe,
+    PETTINGZOO: stas_ippo_pettingzoo,
+}
 
 
 def read_metrics(run_dir) -> list[dict]:
@@ -54,7 +60,7 @@ def test_a_run_leaves_a_complete_folder(script, run_script, tiny, tmp_path):
     assert [int(row["iteration"]) for row in rows] == [1, 2, 3]
     steps = [int(row["global_step"]) for row in rows]
     assert steps == [200, 400, 600]
-    last, agents = rows[-1], 2 if script == ALICEBOB else 3
+    last, agents = rows[-1], 2 if script in (ALICEBOB, PETTINGZOO) else 3
     total = agents * float(last["charts/episodic_return"])
     assert float(last["charts/agent_return_sum"]) == pytest.approx(total, rel=1e-6)
     everywhere = [name for name in last if script != ALICEBOB or not name.startswith("decomposer/reward_correlation")]
@@ -121,9 +127,9 @@ def test_to_look_changes_nothing(script, run_script, tiny, no_pictures, tmp_path
     """Diagnostics that draw more random numbers leave every other number as it was."""
     (tmp_path / "curious").mkdir()
     source = (ROOT / script).read_text()
-    for old in ("                predicted = decompose(", "            metrics |= measure_credits("):
-        assert source.count(old) == 1
-        source = source.replace(old, f"{old[: -len(old.lstrip())]}torch.rand(3)\n{old}")
+    for old in (r"predicted = decompose\(", r"metrics \|= measure_credits\("):
+        source, count = re.subn(rf"^( *)({old})", r"\1torch.rand(3)\n\1\2", source, flags=re.MULTILINE)
+        assert count == 1
     (tmp_path / "curious" / script).write_text(source)
     assert run_script(f"{tiny} --run-dir plain")[0] == 0
     assert run_script(f"{tiny} --run-dir looked", str(tmp_path / "curious" / script))[0] == 0
@@ -297,6 +303,11 @@ OPTIONS_OF_MPE = {
     "max_cycles": "7",
 }
 OPTIONS_OF_TAG = {"num_prey": "2", "num_obstacles": "0"}
+OPTIONS_OF_PETTINGZOO = {
+    "env_id": "mpe2.simple_speaker_listener_v4",
+    "env_kwargs": '{"local_ratio":0.1}',
+    "horizon": "7",
+}
 
 
 def flag(name: str, value: str) -> str:
@@ -310,7 +321,9 @@ def test_every_flag_that_shapes_learning_changes_what_is_learned(script, run_scr
     changes += [("credit", kind) for kind in ("temporal", "uniform", "episodic", "dense")]
     changes += [("coalition", kind) for kind in ("permutation", "exact", "all")]
     changes += [("conserve", kind) for kind in ("none", "terminal", "uniform") if kind != MODULES[script].Args.conserve]
-    if script != ALICEBOB:
+    if script == PETTINGZOO:
+        changes += OPTIONS_OF_PETTINGZOO.items()
+    elif script != ALICEBOB:
         changes += [("credit", "shapley"), ("credit", "difference"), *OPTIONS_OF_MPE.items()]
         changes += [("scenario", "tag"), *OPTIONS_OF_TAG.items()]
     seen = {}
@@ -329,7 +342,12 @@ def test_every_other_flag_does_what_it_says(script, run_script, tiny, no_picture
     """The flags that do not shape learning; with those above, these are all."""
     others = "exp_name torch_deterministic cuda track wandb_project_name wandb_entity num_threads run_dir resume"
     others += " checkpoint_every eval_episodes credit coalition conserve"
-    options = {*OPTIONS_OF_MPE, *OPTIONS_OF_TAG} if script != ALICEBOB else set()
+    options = {
+        ALICEBOB: [],
+        MPE: [*OPTIONS_OF_MPE, *OPTIONS_OF_TAG],
+        ML: [*OPTIONS_OF_MPE, *OPTIONS_OF_TAG],
+        PETTINGZOO: [*OPTIONS_OF_PETTINGZOO, "env_workers"],
+    }[script]
     assert {*ALIVE, *options, *others.split()} == {field.name for field in fields(MODULES[script].Args)}
 
     seen = []
@@ -339,7 +357,8 @@ def test_every_other_flag_does_what_it_says(script, run_script, tiny, no_picture
     assert code == 0 and [1, False] == seen[:2]
     (run,) = (tmp_path / "runs").iterdir()
     changes = r"torch_deterministic=False,[\w.=,]*num_envs=\d"  # what differs from the defaults
-    assert re.match(rf"{'alice_bob' if script == ALICEBOB else 'spread_3'}__mine__{changes}", run.name)
+    name = {ALICEBOB: "alice_bob", PETTINGZOO: r"mpe2\.simple_reference_v3"}.get(script, "spread_3")
+    assert re.match(rf"{name}__mine__{changes}", run.name)
     assert re.search(r"__7__\d+$", run.name)
     if not torch.cuda.is_available():
         assert out.count("no CUDA device found") == 1
@@ -430,7 +449,7 @@ BAD_MPE = [
     [
         (s, f)
         for s in SCRIPTS
-        for f in BAD + (BAD_MPE if s != ALICEBOB else []) + (["--num-layers 0"] if s == ML else [])
+        for f in BAD + (BAD_MPE if s in (MPE, ML) else []) + (["--num-layers 0"] if s == ML else [])
     ],
 )
 def test_bad_values_end_with_one_line_and_leave_nothing(script, flags, run_script, tmp_path):

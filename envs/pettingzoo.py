@@ -1,0 +1,275 @@
+"""Any PettingZoo ParallelEnv as a batched environment: copies of it, played side by side.
+
+    env = make("mpe2.simple_reference_v3", num_envs=128, horizon=25, env_kwargs={"local_ratio": 0.5})
+
+`UniformEnv` makes one copy uniform: all agents have observations and actions of the same size until the episode ends.
+`PettingZooEnv` keeps the protocol of envs/__init__.py over many of them, in this process or in several.
+"""
+
+import importlib
+import multiprocessing
+import signal
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Discrete, flatdim, flatten
+from pettingzoo import ParallelEnv
+
+from envs import EnvFailure
+
+
+def load(env_id: str, env_kwargs: dict, **more) -> ParallelEnv:
+    """parallel_env(**env_kwargs) of a module; ValueError "env_id ...: must be ..." if that makes no ParallelEnv."""
+    try:
+        module = importlib.import_module(env_id)
+    except ImportError as error:
+        raise ValueError(f"env_id {env_id}: must be a module that can be imported ({error})") from error
+    if not hasattr(module, "parallel_env"):
+        raise ValueError(f"env_id {env_id}: must be a module with a function parallel_env")
+    try:
+        env = module.parallel_env(**env_kwargs, **more)
+    except Exception as error:  # whatever the environment makes of them
+        raise ValueError(f"env_kwargs {env_kwargs}: must be options of {env_id} ({one_line(error)})") from error
+    if not isinstance(env, ParallelEnv):
+        raise ValueError(f"env_id {env_id}: must make a ParallelEnv, not a {type(env).__name__}")
+    return env
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+class UniformEnv(ParallelEnv):
+    """A ParallelEnv whose agents all observe O numbers and have A actions, from reset to the end of the episode.
+
+    Observations (Box of any shape, or Discrete as a one-hot) are flattened and padded with zeros. Actions are Discrete
+    for all agents, or Box for all: then they are given in [0, 1] and scaled to the bounds. An agent with fewer than A
+    actions or dimensions has True in `action_mask` (N, A) only for its own. An agent that leaves before the others
+    keeps its last observation and earns 0. The episode ends after `horizon` steps, if it does not before.
+
+    Raises:
+        ValueError: for a space that is of another kind.
+        EnvFailure: if the environment raises, ends at a limit of its own before the horizon, or gives numbers that are
+            not finite; with its name, the seed of the episode and the step.
+    """
+
+    def __init__(self, env: ParallelEnv, env_id: str, horizon: int):
+        self.env, self.env_id, self.horizon, self.seed = env, env_id, horizon, None
+        self.possible_agents, self.agents = list(env.possible_agents), []
+        self.metadata = {"render_fps": 10, "name": env_id} | (env.metadata or {})
+        self.render_mode = getattr(env, "render_mode", None)
+        observed = [env.observation_space(agent) for agent in self.possible_agents]
+        acted = [env.action_space(agent) for agent in self.possible_agents]
+        for agent, space in zip(self.possible_agents, observed):
+            if not isinstance(space, Box | Discrete):
+                raise ValueError(f"env_id {env_id}: must have Box or Discrete observations; {agent} has {space}")
+        self.continuous = all(isinstance(space, Box) for space in acted)
+        if not (self.continuous or all(isinstance(space, Discrete) for space in acted)):
+            raise ValueError(f"env_id {env_id}: must have actions that are Discrete for all agents, or Box for all")
+        if self.continuous and not all(space.is_bounded() for space in acted):
+            raise ValueError(f"env_id {env_id}: must have Box actions with bounds")
+        self.obs_dim = max(map(flatdim, observed))
+        sizes = [int(flatdim(space)) for space in acted]
+        self.num_actions = max(sizes)
+        self.action_mask = np.arange(self.num_actions) < np.array(sizes)[:, None]  # (N, A)
+        spaces = [Box(0, 1, (self.num_actions,), np.float32) if self.continuous else Discrete(size) for size in sizes]
+        self.action_spaces = dict(zip(self.possible_agents, spaces))
+
+    def observation_space(self, agent: str) -> Box:
+        return Box(-np.inf, np.inf, (self.obs_dim,), np.float32)
+
+    def action_space(self, agent: str) -> Box | Discrete:
+        """The agent's own actions, from 0 on; if continuous all A dimensions, of which it uses its own."""
+        return self.action_spaces[agent]
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.t, self.terminated = 0, False
+        self.seed = self.seed if seed is None else seed  # that of the first episode, if the generator goes on
+        self.agents = list(self.possible_agents)
+        self.observed = {agent: np.zeros(self.obs_dim, np.float32) for agent in self.agents}
+        observed, _ = self.call("reset", seed=seed, options=options)
+        self.see(observed)
+        return dict(self.observed), {agent: {} for agent in self.agents}
+
+    def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
+        if not self.agents:
+            raise RuntimeError("no episode is running: call reset()")
+        self.t += 1
+        own = {agent: self.own_action(agent, actions[agent]) for agent in self.env.agents}
+        observed, earned, terminated, truncated, _ = self.call("step", own)
+        self.see(observed)
+        rewards = {agent: float(earned.get(agent, 0)) for agent in self.agents}
+        if not np.isfinite(list(rewards.values())).all():
+            raise EnvFailure(f"{self.where()}: a reward is not finite")
+        over = not self.env.agents
+        self.terminated = over and (all(terminated.values()) or not any(truncated.values()))
+        if over and not self.terminated and self.t < self.horizon:
+            raise EnvFailure(f"{self.where()}: it ends at a limit of its own; --horizon must be at most {self.t}")
+        self.agents = [] if over or self.t == self.horizon else self.agents
+        ends = dict.fromkeys(rewards, self.terminated)
+        cut = dict.fromkeys(rewards, not self.terminated and self.t == self.horizon)
+        return dict(self.observed), rewards, ends, cut, {agent: {} for agent in rewards}
+
+    def own_action(self, agent: str, action: np.ndarray):
+        """An action of size A as the environment takes it."""
+        space = self.env.action_space(agent)
+        if isinstance(space, Discrete):
+            return int(action) + int(space.start)
+        part = np.asarray(action, np.float64).reshape(-1)[: flatdim(space)].reshape(space.shape)
+        return (space.low + part * (space.high.astype(np.float64) - space.low)).astype(space.dtype)
+
+    def see(self, observed: dict) -> None:
+        """Keep the flat observations of the agents that are there."""
+        for agent, obs in observed.items():
+            flat = flatten(self.env.observation_space(agent), obs)
+            if not np.isfinite(flat).all():
+                raise EnvFailure(f"{self.where()}: an observation of {agent} is not finite")
+            self.observed[agent] = np.pad(flat.astype(np.float32), (0, self.obs_dim - len(flat)))
+
+    def call(self, name: str, *args, **options):
+        try:
+            return getattr(self.env, name)(*args, **options)
+        except Exception as error:  # whatever goes wrong in code that is not ours
+            raise EnvFailure(f"{self.where()}: {one_line(error)}") from error
+
+    def where(self) -> str:
+        return f"{self.env_id}, seed {self.seed}, step {self.t}"
+
+    def render(self) -> np.ndarray | None:
+        return self.env.render()
+
+    def close(self) -> None:
+        self.env.close()
+
+
+class Copies:
+    """Some UniformEnvs, and what they show together; in a worker process or in this one."""
+
+    def __init__(self, env_id: str, env_kwargs: dict, horizon: int, count: int):
+        self.envs = [UniformEnv(load(env_id, env_kwargs), env_id, horizon) for _ in range(count)]
+
+    def reset(self, seeds: np.ndarray) -> tuple[np.ndarray]:
+        """Observations (count, N, O), in a tuple."""
+        return (np.stack([rows(env.reset(int(seed))[0]) for env, seed in zip(self.envs, seeds)]),)
+
+    def step(self, act: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """act (count, N[, A]) -> obs (count, N, O), rewards (count, N), whether they terminated (count,)"""
+        rewards = np.zeros((len(self.envs), len(self.envs[0].possible_agents)), np.float32)
+        for env, actions, reward in zip(self.envs, act, rewards):
+            if env.agents:  # else it is frozen
+                reward[:] = rows(env.step(dict(zip(env.possible_agents, actions)))[1])
+        return (
+            np.stack([rows(env.observed) for env in self.envs]),
+            rewards,
+            np.array([env.terminated for env in self.envs]),
+        )
+
+
+def rows(values: dict) -> np.ndarray:
+    return np.stack(list(values.values()))
+
+
+def work(pipe, *args) -> None:
+    """What a worker process does: the calls of Copies that come through the pipe, until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its iteration
+    torch.set_num_threads(1)
+    try:
+        copies = Copies(*args)
+        while True:
+            name, argument = pipe.recv()
+            try:
+                pipe.send(getattr(copies, name)(argument))
+            except EnvFailure as error:
+                pipe.send(error)
+    except (EOFError, BrokenPipeError):
+        pass  # the main process has ended
+
+
+class PettingZooEnv:
+    """Copies of a PettingZoo environment; see `envs/__init__.py` for the protocol.
+
+    Args:
+        env_id: a module with a function parallel_env. env_kwargs: its options.
+        num_envs: E. horizon: steps of an episode, T; a limit of the environment's own must not come before it.
+        num_workers: processes that the copies are shared out to (0: all in this one).
+    The team reward is the mean of the agents' rewards; `rewards_differ` is True once they were not all alike.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, horizon: int, env_kwargs: dict, device="cpu", num_workers: int = 0):
+        one = UniformEnv(load(env_id, env_kwargs), env_id, horizon)
+        self.num_agents, self.obs_dim, self.num_actions = len(one.possible_agents), one.obs_dim, one.num_actions
+        self.continuous, self.horizon, self.num_envs = one.continuous, horizon, num_envs
+        self.device, self.rewards_differ = torch.device(device), False
+        self.action_mask = torch.as_tensor(one.action_mask, device=self.device)
+        one.close()
+        self.seeds = np.random.default_rng()
+        self.parts = np.array_split(np.arange(num_envs), max(1, min(num_workers, num_envs)))  # which copies are where
+        settings = [(env_id, env_kwargs, horizon, len(part)) for part in self.parts]
+        self.pipes, self.copies = [], None
+        if num_workers == 0:
+            self.copies = Copies(*settings[0])
+        else:
+            context = multiprocessing.get_context("forkserver")
+            for setting in settings:
+                pipe, other = context.Pipe()
+                context.Process(target=work, args=(other, *setting), daemon=True).start()
+                other.close()
+                self.pipes.append(pipe)
+
+    def call(self, name: str, arguments: np.ndarray) -> list[np.ndarray]:
+        """The results of a method of all copies."""
+        if self.copies is not None:
+            return getattr(self.copies, name)(arguments)
+        for pipe, part in zip(self.pipes, self.parts):
+            pipe.send((name, arguments[part]))
+        try:
+            results = [pipe.recv() for pipe in self.pipes]
+        except EOFError as error:
+            raise EnvFailure("a worker process of the environments has died") from error
+        for result in results:
+            if isinstance(result, EnvFailure):
+                raise result
+        return [np.concatenate(part) for part in zip(*results)]
+
+    def reset(self, seed: int | None = None) -> torch.Tensor:
+        """Start all episodes anew, each with a seed of its own. Returns obs (E, N, obs_dim)."""
+        if seed is not None:
+            self.seeds = np.random.default_rng(seed)
+        self.t = 0
+        self.terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        (obs,) = self.call("reset", self.seeds.integers(2**31, size=self.num_envs))
+        self.obs = torch.as_tensor(obs, device=self.device)
+        return self.obs
+
+    def step(self, act: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """act (E, N) int64, or (E, N, A) if continuous -> obs (E, N, obs_dim), team_reward (E,), terminated (E,).
+
+        Raises RuntimeError at the horizon, and ValueError for actions of another shape.
+        """
+        if self.t >= self.horizon:
+            raise RuntimeError(f"the episode is over after {self.horizon} steps: call reset()")
+        shape = (self.num_envs, self.num_agents, *([self.num_actions] if self.continuous else []))
+        if act.shape != shape:
+            raise ValueError(f"actions must have shape {shape}, got {tuple(act.shape)}")
+        self.t += 1
+        obs, rewards, terminated = self.call("step", act.cpu().numpy())
+        self.rewards_differ |= bool((rewards != rewards[:, :1]).any())
+        self.obs = torch.as_tensor(obs, device=self.device)
+        self.terminated = torch.as_tensor(terminated, device=self.device)
+        return self.obs, torch.as_tensor(rewards.mean(axis=1), device=self.device), self.terminated.clone()
+
+    def observe(self) -> torch.Tensor:
+        return self.obs
+
+
+def make(env_id: str, num_envs: int, horizon: int, device="cpu", num_workers: int = 0, **env_kwargs) -> PettingZooEnv:
+    """A batched environment of copies of `env_id`.parallel_env(**env_kwargs)."""
+    return PettingZooEnv(env_id, num_envs, horizon, env_kwargs, device, num_workers)
+
+
+def make_parallel_env(env_id: str, horizon: int, env_kwargs: dict, render_mode: str | None = None) -> UniformEnv:
+    """One copy, to be evaluated on; without pictures if the environment has none."""
+    try:
+        return UniformEnv(load(env_id, env_kwargs, render_mode=render_mode), env_id, horizon)
+    except ValueError:
+        return UniformEnv(load(env_id, env_kwargs), env_id, horizon)

@@ -1,0 +1,357 @@
+"""Copies of PettingZoo environments as a batched environment, and a run in several processes."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import PETTINGZOO, ROOT, TINY
+from gymnasium.spaces import Box, Discrete, MultiBinary
+from pettingzoo import ParallelEnv
+
+import distributed
+import envs.mpe
+import stas_ippo_pettingzoo as script_module
+from envs import EnvFailure
+from envs.mpe_pettingzoo import copy_state
+from envs.pettingzoo import UniformEnv, make
+
+
+class Walk(ParallelEnv):
+    """Three agents with their own spaces; `b` leaves after step 2. Action 1 of anyone ends it all, as does `limit`."""
+
+    metadata = {"name": "walk"}
+
+    def __init__(self, limit=6, fault=None, box=False):
+        self.possible_agents, self.limit, self.fault = ["a", "b", "c"], limit, fault
+        self.spaces = {"a": Box(-1, 1, (2, 2)), "b": Discrete(3, start=1), "c": Box(0, 9, (1,))}
+        self.actions = {"a": Discrete(4), "b": Discrete(2, start=5), "c": Discrete(3)}
+        if box:
+            self.actions = {
+                "a": Box(-1, 3, (2,)),
+                "b": Box(0, 1, (1,)),
+                "c": Box(np.array([[-2, 0]]), np.array([[2, 4]])),
+            }
+        self.taken = []
+
+    def observation_space(self, agent):
+        return self.spaces[agent]
+
+    def action_space(self, agent):
+        return self.actions[agent]
+
+    def observe(self):
+        values = {"a": np.full((2, 2), self.t / 10), "b": 1 + self.t, "c": np.array([self.seed % 10])}
+        return {agent: values[agent] for agent in self.agents}
+
+    def reset(self, seed=None, options=None):
+        self.t, self.seed, self.agents = 0, seed, list(self.possible_agents)
+        return self.observe(), {agent: {} for agent in self.agents}
+
+    def step(self, actions):
+        self.t += 1
+        self.taken.append(actions)
+        if self.fault == "raise" and self.t == 2:
+            raise KeyError("a bug")
+        observed, before = self.observe(), self.agents
+        if self.fault == "nan":
+            observed["a"] = np.full((2, 2), np.nan)
+        over = self.limit > 0 and self.t == self.limit
+        won = any(np.ndim(action) == 0 and action == 1 for action in actions.values())
+        gone = {agent: won or (agent == "b" and self.t == 2) for agent in before}
+        self.agents = [] if over else [agent for agent in before if not gone[agent]]
+        reward = np.inf if self.fault == "inf" else 3.0
+        rewards = {agent: reward * (agent == "a") for agent in before}
+        return observed, rewards, gone, {agent: over for agent in before}, {agent: {} for agent in before}
+
+
+def parallel_env(**options):
+    return Walk(**options)
+
+
+HERE = "tests.test_pettingzoo"
+
+
+def walk(horizon=6, **options) -> UniformEnv:
+    return UniformEnv(Walk(**options), "walk", horizon)
+
+
+def test_unequal_spaces_are_made_alike():
+    env = walk()
+    assert (env.obs_dim, env.num_actions, env.continuous) == (4, 4, False)
+    assert env.action_mask.tolist() == [[True] * 4, [True, True, False, False], [True, True, True, False]]
+    observed, _ = env.reset(seed=7)
+    assert [row.tolist() for row in observed.values()] == [[0] * 4, [1, 0, 0, 0], [7, 0, 0, 0]]
+    observed, rewards, ends, cuts, _ = env.step({"a": np.int64(2), "b": np.int64(0), "c": np.int64(0)})
+    np.testing.assert_allclose(observed["a"], [0.1] * 4, rtol=1e-6)
+    assert observed["b"].tolist() == [0, 1, 0, 0] and rewards == {"a": 3, "b": 0, "c": 0}
+    assert env.env.taken == [{"a": 2, "b": 5, "c": 0}]  # b's actions start at 5
+    assert not any(ends.values()) and not any(cuts.values())
+
+
+def test_an_agent_that_leaves_stays_as_it_was():
+    env = walk()
+    env.reset(seed=1)
+    still = dict.fromkeys("abc", 0)
+    for _ in range(4):
+        observed, rewards, ends, _, _ = env.step(still)
+    assert observed["b"].tolist() == [0, 0, 1, 0] and rewards["b"] == 0 and list(observed) == ["a", "b", "c"]
+    assert list(env.env.taken[-1]) == ["a", "c"] and not any(ends.values()) and env.agents == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("horizon, limit, terminated, length", [(6, 6, False, 6), (4, 6, False, 4), (4, 0, False, 4)])
+def test_the_horizon_ends_an_episode(horizon, limit, terminated, length):
+    env = walk(horizon, limit=limit)
+    env.reset(seed=1)
+    steps = 0
+    while env.agents:
+        _, _, ends, cuts, _ = env.step(dict.fromkeys("abc", 0))
+        steps += 1
+    assert steps == length and all(cuts.values()) and not any(ends.values()) and not env.terminated
+
+
+def test_actions_from_zero_to_one_are_scaled_to_the_bounds():
+    env = walk(box=True)
+    env.reset(seed=1)
+    assert env.continuous and env.num_actions == 2 and env.action_space("b") == Box(0, 1, (2,))
+    env.step({"a": np.array([0, 1]), "b": np.array([0.5, 0.9]), "c": np.array([0.25, 0.5])})
+    taken = env.env.taken[0]
+    assert taken["a"].tolist() == [-1, 3] and taken["b"].tolist() == [0.5] and taken["c"].tolist() == [[-1, 2]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_freezes_what_has_ended(workers):
+    env = make(HERE, num_envs=3, horizon=6, num_workers=workers)
+    obs = env.reset(seed=3)
+    assert obs.shape == (3, 3, 4) and len(set(obs[:, 2, 0].tolist())) > 1  # seeds of their own
+    assert torch.equal(env.reset(seed=3), obs) and not torch.equal(env.reset(), obs)
+    act = torch.zeros(3, 3, dtype=torch.int64)
+    act[1, 0] = 1  # the second episode ends by its rules at the first step
+    obs, reward, terminated = env.step(act)
+    assert terminated.tolist() == [False, True, False] and reward.tolist() == [1, 1, 1] and env.rewards_differ
+    later, reward, terminated = env.step(act * 0)
+    assert terminated.tolist() == [False, True, False] and reward.tolist() == [1, 0, 1]
+    assert torch.equal(later[1], obs[1]) and not torch.equal(later[0], obs[0])
+    for _ in range(4):
+        _, _, terminated = env.step(act * 0)
+    assert terminated.tolist() == [False, True, False]
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(act)
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [("raise", "seed 5, step 2: KeyError: 'a bug'"), ("nan", "step 1: an observation of a is not finite")]
+    + [("inf", "step 1: a reward is not finite")],
+)
+def test_what_an_environment_does_wrong(fault, message):
+    env = walk(fault=fault)
+    env.reset(seed=5)
+    with pytest.raises(EnvFailure, match=message):
+        for _ in range(3):
+            env.step(dict.fromkeys("abc", 0))
+
+
+def test_a_worker_tells_what_went_wrong():
+    env = make(HERE, num_envs=2, horizon=6, num_workers=2, fault="raise")
+    env.reset(seed=1)
+    with pytest.raises(EnvFailure, match="step 2: KeyError"):
+        for _ in range(3):
+            env.step(torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_a_limit_before_the_horizon_is_refused():
+    env = walk(horizon=7)
+    env.reset(seed=1)
+    with pytest.raises(EnvFailure, match="--horizon must be at most 6"):
+        for _ in range(7):
+            env.step(dict.fromkeys("abc", 0))
+
+
+def test_spaces_of_another_kind():
+    for what, space in (
+        ("spaces", MultiBinary(3)),
+        ("actions", MultiBinary(3)),
+        ("actions", Box(-np.inf, np.inf, (1,))),
+    ):
+        env = Walk(box="inf" in str(space))
+        getattr(env, what)["c"] = space
+        with pytest.raises(ValueError, match="env_id walk: must have"):
+            UniformEnv(env, "walk", 6)
+
+
+def test_spread_is_the_batched_spread():
+    """The same states and actions give the same observations and rewards as envs/mpe.py."""
+    copies = make("mpe2.simple_spread_v3", num_envs=3, horizon=25)
+    batch = envs.mpe.make("spread", 3, 3, dtype=torch.float64)
+    copies.reset(seed=1)
+    alone = envs.mpe.make("spread", 1, 3, dtype=torch.float64)
+    states = []
+    for copy in copies.copies.envs:
+        copy_state(copy.env.unwrapped.world, alone)
+        states.append([alone.agent_pos, alone.agent_vel, alone.landmark_pos])
+    batch.agent_pos, batch.agent_vel, batch.landmark_pos = map(torch.cat, zip(*states))
+    torch.testing.assert_close(copies.observe().double(), batch.observe(), rtol=1e-5, atol=1e-6)
+    for _ in range(25):
+        act = torch.randint(5, (3, 3))
+        (obs, reward, _), (same_obs, same_reward, _) = copies.step(act), batch.step(act)
+        torch.testing.assert_close(obs.double(), same_obs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(reward.double(), same_reward, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("box", [False, True])
+def test_the_policy_leaves_out_what_an_agent_does_not_have(box):
+    env = make(HERE, num_envs=2, horizon=6, box=box)
+    args = script_module.Args(emb_dim=8)
+    agent, _ = script_module.make_networks(args, env)
+    obs = torch.rand(200, 3, 4)
+    act, logprob, entropy, _ = agent.get_action_and_value(obs, torch.zeros(200))
+    assert logprob.isfinite().all() and entropy.isfinite().all()
+    policy = agent.policy(obs)
+    if box:
+        missing = ~env.action_mask[1]
+        whole = policy.base_dist.log_prob(act)[:, 1]
+        assert missing.tolist() == [False, True] and (whole[:, missing] == 0).all()
+        torch.testing.assert_close(logprob[:, 1], whole[:, 0])
+    else:
+        assert act[:, 1].max() == 1 and act[:, 2].max() == 2 and act[:, 0].max() == 3
+        assert (policy.probs[:, 1, 2:] == 0).all()
+    (logprob.sum() + entropy.sum()).backward()
+    assert all(weights.grad.isfinite().all() for weights in agent.actor.parameters())
+
+
+BAD = {
+    "--env-id nowhere": "must be a module that can be imported",
+    "--env-id json": "must be a module with a function parallel_env",
+    "--env-kwargs [1]": "must be a JSON object",
+    "--env-kwargs {x": "must be a JSON object",
+    '--env-kwargs {"wings":2}': "must be options of mpe2.simple_reference_v3",
+    "--horizon 26": "--horizon must be at most 25",
+    "--coalition exact --env-id tests.test_pettingzoo --horizon 6 --num-heads 3": "must be a multiple",
+    f'--env-id {HERE} --horizon 6 --env-kwargs {{"fault":"nan"}}': "an observation of a is not finite",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_ends_with_one_line(flags, run_script, tmp_path):
+    code, _, err = run_script(f"{TINY[PETTINGZOO]} --run-dir run {flags}", PETTINGZOO)
+    assert code == 2 and BAD[flags] in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_in_training_keeps_the_checkpoint(run_script, tmp_path, monkeypatch):
+    steps = 0
+    step = UniformEnv.step
+
+    def fail_late(self, actions):
+        nonlocal steps
+        steps += 1
+        if steps > 5 * 8 * 25:
+            raise EnvFailure("walk, seed 1, step 9: it broke")
+        return step(self, actions)
+
+    monkeypatch.setattr(UniformEnv, "step", fail_late)
+    with pytest.raises(EnvFailure):  # which sys.excepthook turns into one line
+        run_script(f"{TINY[PETTINGZOO]} --total-timesteps 9999 --checkpoint-every 1 --run-dir run", PETTINGZOO)
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+# Several processes.
+
+
+def start(rank: int, world: int, port: int, function, *args) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    distributed.RANK, distributed.WORLD_SIZE = rank, world
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    function(rank, *args)
+    dist.destroy_process_group()
+
+
+def sums_are_those_of_one_process(rank: int) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(11, 3)
+    mine = data[:4] if rank == 0 else data[4:]  # batches of unequal size
+    mean, deviation = distributed.moments(mine)
+    torch.testing.assert_close(mean, data.mean())
+    torch.testing.assert_close(deviation, data.std(correction=0))
+    networks = [torch.nn.Linear(3, 2) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    networks[0](data).square().mean().backward()
+    networks[1](mine).square().mean().backward()
+    distributed.average_gradients(networks[1], len(mine))
+    for one, other in zip(networks[0].parameters(), networks[1].parameters()):
+        torch.testing.assert_close(other.grad, one.grad)
+    assert distributed.total(torch.tensor(rank + 1)) == 3
+    states = distributed.Gathered(SimpleNamespace(state_dict=lambda: f"of {rank}")).state_dict()
+    assert states == (["of 0", "of 1"] if rank == 0 else None)
+
+
+def test_two_processes_make_the_gradient_of_one():
+    mp.spawn(start, (2, 29611, sums_are_those_of_one_process), nprocs=2)
+
+
+DRIVER = f"""
+import runpy, sys, torch
+end = runpy.run_path({str(ROOT / PETTINGZOO)!r}, run_name="__main__")
+torch.save(end["agent"].state_dict() | end["decomposer"].state_dict(), f"weights-{{end['RANK']}}.pt")
+"""
+
+
+def torchrun(flags: str, folder, port: int) -> subprocess.Popen:
+    """The script with two processes, each of which leaves its weights in the folder."""
+    (folder / "driver.py").write_text(DRIVER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command += ["driver.py", *TINY[PETTINGZOO].split(), *"--no-anneal-lr --no-anneal-ent".split(), *flags.split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+
+
+def without_times(path) -> list[dict]:
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if "time" not in k and k != "charts/SPS"} for row in rows]
+
+
+def test_a_run_of_two_processes_that_loses_one_resumes_to_the_digit(tmp_path):
+    part = torchrun("--checkpoint-every 1 --run-dir part --total-timesteps 2000000", tmp_path, 29621)
+    csv_file = tmp_path / "part" / "metrics.csv"
+    while not (csv_file.exists() and len(csv_file.read_text().splitlines()) > 2):
+        assert part.poll() is None, part.stdout.read()
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(part.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    assert part.wait(60) != 0
+    assert "another process of this run has ended" in part.stdout.read()
+    assert json.loads((tmp_path / "part" / "config.json").read_text())["processes"] == 2
+    steps = 400 * (len(without_times(tmp_path / "part" / "metrics.csv")) + 2)
+    weights = []
+    for flags in ("--resume part", "--run-dir whole"):
+        run = torchrun(f"{flags} --total-timesteps {steps}", tmp_path, 29622 + len(weights))
+        assert run.wait(180) == 0, run.stdout.read()
+        weights += [torch.load(tmp_path / f"weights-{rank}.pt") for rank in range(2)]
+    assert without_times(tmp_path / "part" / "metrics.csv") == without_times(tmp_path / "whole" / "metrics.csv")
+    for other in weights[1:]:  # of both processes and both runs
+        assert all(torch.equal(weights[0][name], other[name]) for name in other)
+
+    alone = [sys.executable, str(ROOT / PETTINGZOO), "--resume", "whole", "--total-timesteps", "99999"]
+    result = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "must be continued by 2 processes" in result.stderr
+
+
+def test_one_process_needs_no_others():
+    assert distributed.WORLD_SIZE == 1
+    values = torch.tensor([1.0, 3.0])
+    assert distributed.total(values) is values
+    mean, deviation = distributed.moments(values)
+    assert (mean.item(), deviation.item()) == (2, 1)
+    assert distributed.connect(torch.device("cpu")) == torch.device("cpu")
