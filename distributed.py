@@ -60,7 +60,7 @@ def average_gradients(network: nn.Module, count: int) -> None:
 
 
 class Gathered:
-    """What every process has its own of, a replay buffer, as one part of a checkpoint: process 0 has the list of all."""
+    """What every process has its own of, a replay buffer, as one part of a checkpoint: process 0 gets a list."""
 
     def __init__(self, part):
         self.part = part
