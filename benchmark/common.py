@@ -97,7 +97,7 @@ def train(script: str, flags: list[str], run_dir: Path, threads: int = 1) -> tup
 
 def late(metrics: list[dict], name: str) -> float | str:
     """Mean of a metric over the last tenth of the iterations; empty where it does not apply."""
-    values = [float(row[name]) for row in metrics[-max(1, len(metrics) // 10) :] if row[name]]
+    values = [float(row[name]) for row in metrics[-max(1, len(metrics) // 10) :] if row.get(name)]
     return round(float(np.mean(values)), 4) if values else ""
 
 

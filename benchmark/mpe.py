@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from common import RESULTS, append, check_flags, check_seeds, interval, late, read, run_all, train
 
-STAS, ML = "stas_ippo_mpe.py", "stas_ml_ippo_mpe.py"
+STAS, ML, PETTINGZOO = "stas_ippo_mpe.py", "stas_ml_ippo_mpe.py", "stas_ippo_pettingzoo.py"
 TASKS = {  # name: flags, seeds
     "spread 3": ("", 5),
     "spread 6": ("--num-agents 6 --total-timesteps 345000", 5),
@@ -30,6 +30,8 @@ TASKS = {  # name: flags, seeds
     "spread 15": ("--num-agents 15 --total-timesteps 345000", 3),
     "spread 3, 50 steps": ("--max-cycles 50 --num-envs 64", 3),
     "spread 3, 100 steps": ("--max-cycles 100 --num-envs 32", 3),
+    "simple_reference": ("--env-id mpe2.simple_reference_v3 --total-timesteps 200000", 3),
+    "simple_speaker_listener": ("--env-id mpe2.simple_speaker_listener_v4 --total-timesteps 200000", 3),
 }
 DEFAULT_TASKS = ["spread 3", "spread 6", "tag 3"]
 ROWS = {  # name: script, flags
@@ -75,7 +77,8 @@ def flags_of(args: Args, task: str, row: str) -> str:
 
 def run(args: Args, task: str, row: str, seed: int) -> None:
     """One training run; its row and its curve go into the results."""
-    script, flags = ROWS[row][0], flags_of(args, task, row)
+    flags = flags_of(args, task, row)
+    script = PETTINGZOO if "--env-id" in flags else ROWS[row][0]
     name = f"{task}-{row}-{args.flags.replace('--', '')}-{seed}"
     run_dir = args.results / "runs" / name.replace(",", "").replace(" ", "_")
     metrics, summary = train(script, ["--seed", str(seed), *flags.split()], run_dir)
@@ -182,6 +185,7 @@ if __name__ == "__main__":
     seeds = {task: args.seeds or range(1, TASKS[task][1] + 1) for task in args.tasks}
     wanted = [(task, row, seed) for task in args.tasks for seed in seeds[task] for row in args.rows]
     wanted = [job for job in wanted if job[0].startswith("spread") or job[1] not in ("shapley", "difference")]
+    wanted = [job for job in wanted if not job[0].startswith("simple") or job[1] != "STAS-ML"]
     wanted = [job for job in wanted if (*job[:2], flags_of(args, *job[:2]), str(job[2])) not in done]
     if not args.report:
         run_all(partial(run, args), wanted, args.workers)
