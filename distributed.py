@@ -24,29 +24,41 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 def connect(device: torch.device) -> torch.device:
     """Meet the other processes; returns the device of this one."""
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        rank, here = (
+            int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+        )
+        if here > torch.cuda.device_count():
+            fail(f"--cuda: must have a device for each of {here} processes, found {torch.cuda.device_count()}")
+        device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
+def together(operation, *args) -> None:
+    """A collective operation of torch.distributed; one line if it fails, which it does where a process is gone."""
+    try:
+        operation(*args)
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        fail(f"another process of this run has ended ({why}); continue with --resume and as many processes", code=1)
+
+
 def total(values: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes, in place."""
     if WORLD_SIZE > 1:
-        try:
-            dist.all_reduce(values)
-        except RuntimeError:  # gloo and NCCL say it in many ways
-            fail("another process of this run has ended; continue with --resume and as many processes", code=1)
+        together(dist.all_reduce, values)
     return values
 
 
 def moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the values of all processes."""
     wide = values.double()
-    sums = total(torch.stack((wide.sum(), wide.square().sum(), wide.new_tensor(wide.numel()))))
-    mean, square = sums[0] / sums[2], sums[1] / sums[2]
-    return mean.to(values), (square - mean.square()).clamp(min=0).sqrt().to(values)
+    mean, count = total(torch.stack((wide.sum(), wide.new_tensor(wide.numel()))))
+    mean = mean / count
+    variance = total((wide - mean).square().sum()) / count
+    return mean.to(values), variance.sqrt().to(values)
 
 
 def average_gradients(network: nn.Module, count: int) -> None:
@@ -70,7 +82,7 @@ class Gathered:
         if WORLD_SIZE == 1:
             return self.part.state_dict()
         states = [None] * WORLD_SIZE if RANK == 0 else None
-        dist.gather_object(self.part.state_dict(), states)
+        together(dist.gather_object, self.part.state_dict(), states)
         return states
 
     def load_state_dict(self, states: dict | list) -> None:

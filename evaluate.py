@@ -28,7 +28,7 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from run_folder import fail, load_checkpoint, load_run, report_error, write_file
+from run_folder import fail, fail_flag, load_checkpoint, load_run, report_error, write_file
 
 PANELS = {  # of learning_curve.png: column of metrics.csv, label
     "charts/episodic_return": "team return",
@@ -181,7 +181,10 @@ def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, check
         fail(f"RUN_DIR {run_dir}: must have a checkpoint.pt; the run ended before its first")
     script = importlib.import_module(config["script"].removesuffix(".py"))
     encode = getattr(script, "encode_obs", lambda obs: obs)
-    agent, decomposer = script.make_networks(args, script.make_env(args, num_envs=1))
+    try:
+        agent, decomposer = script.make_networks(args, script.make_env(args, num_envs=1))
+    except ValueError as error:  # such as a package that is no longer installed
+        fail_flag(error)
     try:
         agent.load_state_dict(state["agent"])
         if decomposer is not None:
@@ -224,7 +227,9 @@ def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, check
     reward = episode["team_reward"][0].numpy()
     draw_credits(run_dir / "credit.png", credits[0].numpy(), leftover, reward, env, title, marks)
     pictures = ["learning_curve.png", "credit.png"]
-    images = [Image.fromarray(frame) for frame in frames if frame is not None]  # an environment may have none
+    images = [
+        Image.fromarray(frame) for frame in frames if isinstance(frame, np.ndarray)
+    ]  # an environment may have none
     if images:
         durations = [1000 // env.metadata["render_fps"]] * (len(images) - 1) + [2000]  # rest on the last picture
         gif = dict(save_all=True, append_images=images[1:], duration=durations, loop=0, format="gif")

@@ -543,14 +543,17 @@ if __name__ == "__main__":
     try:
         env = make_env(args, args.num_envs, device)
         agent, decomposer = make_networks(args, env)
+        agent.to(device)
         # The first episodes are only played: to meet what is wrong with the environment or the horizon, and returns.
         untrained = rollout(env, agent, np.random.SeedSequence((args.seed, 0, RANK)).generate_state(1).item())
     except ValueError as error:
         run_folder.fail_flag(error)
     except EnvFailure as error:
         run_folder.fail(str(error))
-    args.reward_scale = args.reward_scale or moments(untrained["team_reward"].sum(dim=1))[1].item() or 1.0
-    agent_optimizer = torch.optim.Adam(agent.to(device).parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    if args.reward_scale is None:
+        deviation = moments(untrained["team_reward"].sum(dim=1))[1].item()
+        args.reward_scale = deviation if 1e-5 < deviation < 1e9 else 1.0
+    agent_optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     parts = {"agent": agent, "agent_optimizer": agent_optimizer}
     if decomposer is not None:
         decomposer_optimizer = torch.optim.Adam(decomposer.to(device).parameters(), lr=args.decomposer_lr, fused=True)
@@ -629,7 +632,10 @@ if __name__ == "__main__":
             names = ("obs", "elapsed", "act", "logprob", "value")
             b_obs, b_elapsed, b_act, b_logprob, b_values = (episodes[name][valid] for name in names)  # (S, ...)
             b_advantages, b_targets = advantages[valid], targets[valid]  # (S, N)
-            clipfracs, num_minibatches = [], min(args.num_minibatches, len(b_obs))
+            clipfracs = []
+            num_minibatches = min(
+                args.num_minibatches, len(b_obs) if WORLD_SIZE == 1 else args.num_envs
+            )  # alike in all
             for _ in range(args.update_epochs):
                 for mb in torch.randperm(len(b_obs), device=device).tensor_split(num_minibatches):
                     _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb], b_elapsed[mb], b_act[mb])
@@ -695,8 +701,12 @@ if __name__ == "__main__":
         elif saves and decomposer is not None:
             parts["buffer"].state_dict()  # which process 0 gathers to save it
         if stopped:
-            command = f"python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}"
-            print(f"stopped; to continue: {command}" * (RANK == 0), file=sys.stderr)
+            total(torch.zeros(1, device=device))  # all wait until process 0 has saved
+            if RANK == 0:
+                start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {WORLD_SIZE}"
+                print(
+                    f"stopped; to continue: {start} {sys.argv[0]} --resume {shlex.quote(str(run_dir))}", file=sys.stderr
+                )
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
     run_folder.release_signals()

@@ -6,6 +6,8 @@
 `PettingZooEnv` keeps the protocol of envs/__init__.py over many of them, in this process or in several.
 """
 
+import atexit
+import contextlib
 import importlib
 import multiprocessing
 import signal
@@ -22,8 +24,8 @@ def load(env_id: str, env_kwargs: dict, **more) -> ParallelEnv:
     """parallel_env(**env_kwargs) of a module; ValueError "env_id ...: must be ..." if that makes no ParallelEnv."""
     try:
         module = importlib.import_module(env_id)
-    except ImportError as error:
-        raise ValueError(f"env_id {env_id}: must be a module that can be imported ({error})") from error
+    except Exception as error:  # whatever importing code that is not ours does
+        raise ValueError(f"env_id {env_id}: must be a module that can be imported ({one_line(error)})") from error
     if not hasattr(module, "parallel_env"):
         raise ValueError(f"env_id {env_id}: must be a module with a function parallel_env")
     try:
@@ -56,7 +58,7 @@ class UniformEnv(ParallelEnv):
     def __init__(self, env: ParallelEnv, env_id: str, horizon: int):
         self.env, self.env_id, self.horizon, self.seed = env, env_id, horizon, None
         self.possible_agents, self.agents = list(env.possible_agents), []
-        self.metadata = {"render_fps": 10, "name": env_id} | (env.metadata or {})
+        self.metadata = {"render_fps": 10, "name": env_id} | (getattr(env, "metadata", None) or {})
         self.render_mode = getattr(env, "render_mode", None)
         observed = [env.observation_space(agent) for agent in self.possible_agents]
         acted = [env.action_space(agent) for agent in self.possible_agents]
@@ -66,8 +68,8 @@ class UniformEnv(ParallelEnv):
         self.continuous = all(isinstance(space, Box) for space in acted)
         if not (self.continuous or all(isinstance(space, Discrete) for space in acted)):
             raise ValueError(f"env_id {env_id}: must have actions that are Discrete for all agents, or Box for all")
-        if self.continuous and not all(space.is_bounded() for space in acted):
-            raise ValueError(f"env_id {env_id}: must have Box actions with bounds")
+        if self.continuous and not all(space.is_bounded() and space.dtype.kind == "f" for space in acted):
+            raise ValueError(f"env_id {env_id}: must have Box actions of floats with bounds")
         self.obs_dim = max(map(flatdim, observed))
         sizes = [int(flatdim(space)) for space in acted]
         self.num_actions = max(sizes)
@@ -87,24 +89,25 @@ class UniformEnv(ParallelEnv):
         self.seed = self.seed if seed is None else seed  # that of the first episode, if the generator goes on
         self.agents = list(self.possible_agents)
         self.observed = {agent: np.zeros(self.obs_dim, np.float32) for agent in self.agents}
-        observed, _ = self.call("reset", seed=seed, options=options)
-        self.see(observed)
+        with self.blame():
+            self.see(self.env.reset(seed=seed, options=options)[0])
         return dict(self.observed), {agent: {} for agent in self.agents}
 
     def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
         if not self.agents:
             raise RuntimeError("no episode is running: call reset()")
         self.t += 1
-        own = {agent: self.own_action(agent, actions[agent]) for agent in self.env.agents}
-        observed, earned, terminated, truncated, _ = self.call("step", own)
-        self.see(observed)
-        rewards = {agent: float(earned.get(agent, 0)) for agent in self.agents}
-        if not np.isfinite(list(rewards.values())).all():
-            raise EnvFailure(f"{self.where()}: a reward is not finite")
-        over = not self.env.agents
-        self.terminated = over and (all(terminated.values()) or not any(truncated.values()))
-        if over and not self.terminated and self.t < self.horizon:
-            raise EnvFailure(f"{self.where()}: it ends at a limit of its own; --horizon must be at most {self.t}")
+        with self.blame():
+            own = {agent: self.own_action(agent, actions[agent]) for agent in self.env.agents}
+            observed, earned, terminated, truncated, _ = self.env.step(own)
+            self.see(observed)
+            rewards = {agent: float(earned.get(agent, 0)) for agent in self.agents}
+            if not np.isfinite(list(rewards.values())).all():
+                raise EnvFailure("a reward is not finite")
+            over = not self.env.agents
+            self.terminated = over and (all(terminated.values()) or not any(truncated.values()))
+            if over and not self.terminated and self.t < self.horizon:
+                raise EnvFailure(f"it ends at a limit of its own; --horizon must be at most {self.t}")
         self.agents = [] if over or self.t == self.horizon else self.agents
         ends = dict.fromkeys(rewards, self.terminated)
         cut = dict.fromkeys(rewards, not self.terminated and self.t == self.horizon)
@@ -121,22 +124,27 @@ class UniformEnv(ParallelEnv):
     def see(self, observed: dict) -> None:
         """Keep the flat observations of the agents that are there."""
         for agent, obs in observed.items():
-            flat = flatten(self.env.observation_space(agent), obs)
-            if not np.isfinite(flat).all():
-                raise EnvFailure(f"{self.where()}: an observation of {agent} is not finite")
+            space = self.env.observation_space(agent)
+            flat = flatten(space, obs)
+            if len(flat) != flatdim(space):
+                raise EnvFailure(f"an observation of {agent} has {len(flat)} numbers, its space {flatdim(space)}")
+            if not np.isfinite(flat.astype(np.float16)).all():  # which replay buffers hold
+                raise EnvFailure(f"an observation of {agent} is not finite, or beyond 65,504")
             self.observed[agent] = np.pad(flat.astype(np.float32), (0, self.obs_dim - len(flat)))
 
-    def call(self, name: str, *args, **options):
+    @contextlib.contextmanager
+    def blame(self):
+        """Whatever goes wrong in code that is not ours becomes an EnvFailure that tells where."""
         try:
-            return getattr(self.env, name)(*args, **options)
-        except Exception as error:  # whatever goes wrong in code that is not ours
-            raise EnvFailure(f"{self.where()}: {one_line(error)}") from error
-
-    def where(self) -> str:
-        return f"{self.env_id}, seed {self.seed}, step {self.t}"
+            with np.errstate(over="ignore"):
+                yield
+        except Exception as error:
+            what = str(error) if isinstance(error, EnvFailure) else one_line(error)
+            raise EnvFailure(f"{self.env_id}, seed {self.seed}, step {self.t}: {what}") from error
 
     def render(self) -> np.ndarray | None:
-        return self.env.render()
+        """A picture, None if the environment has none."""
+        return self.env.render() if self.render_mode is not None else None
 
     def close(self) -> None:
         self.env.close()
@@ -171,18 +179,17 @@ def rows(values: dict) -> np.ndarray:
 
 def work(pipe, *args) -> None:
     """What a worker process does: the calls of Copies that come through the pipe, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its iteration
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # they are for the main process, which ends its iteration
     torch.set_num_threads(1)
-    try:
-        copies = Copies(*args)
-        while True:
-            name, argument = pipe.recv()
-            try:
+    with contextlib.suppress(EOFError, OSError):  # the main process has ended
+        try:
+            copies = Copies(*args)
+            while True:
+                name, argument = pipe.recv()
                 pipe.send(getattr(copies, name)(argument))
-            except EnvFailure as error:
-                pipe.send(error)
-    except (EOFError, BrokenPipeError):
-        pass  # the main process has ended
+        except (EnvFailure, ValueError) as error:
+            pipe.send(EnvFailure(str(error)))
 
 
 class PettingZooEnv:
@@ -215,16 +222,17 @@ class PettingZooEnv:
                 context.Process(target=work, args=(other, *setting), daemon=True).start()
                 other.close()
                 self.pipes.append(pipe)
+                atexit.register(pipe.close)  # at which the worker ends
 
     def call(self, name: str, arguments: np.ndarray) -> list[np.ndarray]:
         """The results of a method of all copies."""
         if self.copies is not None:
             return getattr(self.copies, name)(arguments)
-        for pipe, part in zip(self.pipes, self.parts):
-            pipe.send((name, arguments[part]))
         try:
+            for pipe, part in zip(self.pipes, self.parts):
+                pipe.send((name, arguments[part]))
             results = [pipe.recv() for pipe in self.pipes]
-        except EOFError as error:
+        except (EOFError, OSError) as error:
             raise EnvFailure("a worker process of the environments has died") from error
         for result in results:
             if isinstance(result, EnvFailure):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -41,7 +42,7 @@ class Walk(ParallelEnv):
                 "b": Box(0, 1, (1,)),
                 "c": Box(np.array([[-2, 0]]), np.array([[2, 4]])),
             }
-        self.taken = []
+        self.taken, self.seed = [], 0
 
     def observation_space(self, agent):
         return self.spaces[agent]
@@ -54,7 +55,7 @@ class Walk(ParallelEnv):
         return {agent: values[agent] for agent in self.agents}
 
     def reset(self, seed=None, options=None):
-        self.t, self.seed, self.agents = 0, seed, list(self.possible_agents)
+        self.t, self.seed, self.agents = 0, self.seed if seed is None else seed, list(self.possible_agents)
         return self.observe(), {agent: {} for agent in self.agents}
 
     def step(self, actions):
@@ -169,6 +170,23 @@ def test_a_worker_tells_what_went_wrong():
             env.step(torch.zeros(2, 3, dtype=torch.int64))
 
 
+def test_a_worker_that_dies_is_told_in_one_line():
+    env = make(HERE, num_envs=2, horizon=6, num_workers=2)
+    env.reset(seed=1)
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+    with pytest.raises(EnvFailure, match="worker process"):
+        env.reset(seed=1)
+
+
+def test_an_environment_without_pictures_is_evaluated(run_script, tmp_path):
+    flags = f"--env-id {HERE} --horizon 6 --run-dir run"
+    code, out, err = run_script(f"{TINY[PETTINGZOO]} {flags} --total-timesteps 100", PETTINGZOO)
+    assert code == 0 and "see run" in out, err
+    assert (tmp_path / "run" / "credit.png").exists() and not (tmp_path / "run" / "episode.gif").exists()
+
+
 def test_a_limit_before_the_horizon_is_refused():
     env = walk(horizon=7)
     env.reset(seed=1)
@@ -183,7 +201,7 @@ def test_spaces_of_another_kind():
         ("actions", MultiBinary(3)),
         ("actions", Box(-np.inf, np.inf, (1,))),
     ):
-        env = Walk(box="inf" in str(space))
+        env = Walk(box=isinstance(space, Box))
         getattr(env, what)["c"] = space
         with pytest.raises(ValueError, match="env_id walk: must have"):
             UniformEnv(env, "walk", 6)

@@ -668,6 +668,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(run_script, tiny, no_pictur
         (MPE, "--scenario push --continuous-actions"),
         (MPE, "--credit difference --critic centralized"),
         (ML, "--attention-window 5"),
+        (PETTINGZOO, ""),
     ],
 )
 def test_a_run_on_cuda_resumes_there_and_on_the_cpu(script, more, run_script, tiny, no_pictures, tmp_path):
