@@ -150,7 +150,7 @@ METRICS = (  # the columns of metrics.csv
 ).split()
 
 
-def env_options(args: Args) -> dict:
+def env_settings(args: Args) -> dict:
     try:
         options = json.loads(args.env_kwargs)
     except json.JSONDecodeError:
@@ -162,12 +162,14 @@ def env_options(args: Args) -> dict:
 
 def make_env(args: Args, num_envs: int, device: str | torch.device = "cpu"):
     """The environments to learn in."""
-    return pettingzoo.PettingZooEnv(num_envs=num_envs, device=device, num_workers=args.env_workers, **env_options(args))
+    return pettingzoo.PettingZooEnv(
+        num_envs=num_envs, device=device, num_workers=args.env_workers, **env_settings(args)
+    )
 
 
 def make_parallel_env(args: Args, render_mode: str | None = None):
     """The environment to be evaluated on."""
-    return pettingzoo.make_parallel_env(render_mode=render_mode, **env_options(args))
+    return pettingzoo.make_parallel_env(render_mode=render_mode, **env_settings(args))
 
 
 def sample_coalitions(

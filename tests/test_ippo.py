@@ -174,7 +174,7 @@ def test_continuous_logprob_and_entropy_by_numerical_integration():
 
 def test_a_continuous_rollout_stores_what_was_done():
     torch.manual_seed(0)
-    env, replay = (make("push", 4, 2, continuous_actions=True) for _ in range(2))
+    env, replay = (make("push", 4, 2, continuous_actions=True, max_cycles=25) for _ in range(2))
     env.reset(seed=0)
     replay.reset(seed=0)
     agent = ContinuousActorCritic(SimpleNamespace(critic="independent"), env)

@@ -44,7 +44,10 @@ def test_benchmark_commands(command, tmp_path):
         "benchmark/alicebob.py": ["--variants", "stas", "--seeds", "1", f"--flags={TINY[ALICEBOB]}"],
         "benchmark/frontier.py": ["--tasks", "spread 3", "--changes", "default", "dense", f"--flags={TINY[MPE]}"],
         "benchmark/gridworld.py": ["--num-envs", "1", "8", "--turns", "1", "--min-seconds", "0.01"],
-        "benchmark/mpe.py": ["--rows", "stas", "shapley", "--seeds", "1", f"--flags={TINY[MPE]}"],
+        "benchmark/mpe.py": [
+            *["--tasks", "spread 3", "simple_reference", "--rows", "stas", "shapley", "--seeds", "1"],
+            f"--flags={TINY[MPE]}",
+        ],
         "benchmark/update.py": "--against HEAD --num-agents 3 --threads 1 --updates 2".split(),
         "benchmark/simulator.py": "--num-agents 3 --num-envs 1 8 --turns 1 --min-seconds 0.01".split(),
         "benchmark/shapley_training.py": [

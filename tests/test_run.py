@@ -571,7 +571,10 @@ def test_ctrl_c_before_training_is_quiet(moment, start):
     time.sleep(moment)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode in (-2, 130) and "Traceback" not in err
+    assert process.returncode in (-2, 130)
+    quiet_from = (ROOT / MPE).read_text().split("signal.signal(")[0].count("\n") + 1
+    reached = re.findall(r"line (\d+), in <module>", err)  # on a busy machine it may not have come so far
+    assert "Traceback" not in err or int(reached[0]) <= quiet_from, err
 
 
 def test_a_second_ctrl_c_ends_at_once(start, tmp_path):
