@@ -45,3 +45,12 @@ For an environment of your own, write a class with these names, then follow "You
 
 class EnvFailure(RuntimeError):
     """What an environment that is not ours did wrong during an episode, in one line."""
+
+
+def check_action(env, act) -> None:
+    """What every `step` begins with: RuntimeError at the horizon, ValueError for actions of another shape."""
+    if env.t >= env.horizon:
+        raise RuntimeError(f"the episode is over after {env.horizon} steps: call reset()")
+    shape = (env.num_envs, env.num_agents, *([env.num_actions] if env.continuous else []))
+    if act.shape != shape:
+        raise ValueError(f"actions must have shape {shape}, got {tuple(act.shape)}")

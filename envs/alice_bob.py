@@ -14,6 +14,8 @@ import torch
 from pettingzoo import ParallelEnv
 from PIL import Image, ImageDraw, ImageFont
 
+from envs import check_action
+
 MAP = [
     "#########",
     "#A..#..B#",
@@ -135,10 +137,7 @@ class AliceBob:
         Raises:
             RuntimeError: at the horizon. ValueError: for actions of another shape.
         """
-        if self.t >= self.horizon:
-            raise RuntimeError(f"the episode is over after {self.horizon} steps: call reset()")
-        if act.shape != (self.num_envs, 2):
-            raise ValueError(f"actions must have shape {(self.num_envs, 2)}, got {tuple(act.shape)}")
+        check_action(self, act)
         self.t += 1
         running = ~self.terminated.unsqueeze(1)  # (E, 1)
         cell, key_state = self._cell(), self._key_state()

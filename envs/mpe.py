@@ -15,6 +15,8 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 
+from envs import check_action
+
 HORIZON = 25
 DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3
 MOVES = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)]  # action 0 none, 1 left, 2 right, 3 down, 4 up
@@ -135,11 +137,7 @@ class ParticleEnv:
 
         Raises RuntimeError at the horizon, and ValueError for actions of another shape.
         """
-        if self.t >= self.horizon:
-            raise RuntimeError(f"the episode is over after {self.horizon} steps: call reset()")
-        shape = (self.num_envs, self.num_agents, *([self.num_actions] if self.continuous else []))
-        if act.shape != shape:
-            raise ValueError(f"actions must have shape {shape}, got {tuple(act.shape)}")
+        check_action(self, act)
         self.t += 1
         if self.continuous:
             direction = (act.clamp(0, 1) @ self.moves.to(act.dtype)).to(self.dtype)  # (E, N, 2)

@@ -1,6 +1,6 @@
 """Any PettingZoo ParallelEnv as a batched environment: copies of it, played side by side.
 
-    env = make("mpe2.simple_reference_v3", num_envs=128, horizon=25, env_kwargs={"local_ratio": 0.5})
+    env = make("mpe2.simple_reference_v3", num_envs=128, horizon=25, local_ratio=0.5)
 
 `UniformEnv` makes one copy uniform: all agents have observations and actions of the same size until the episode ends.
 `PettingZooEnv` keeps the protocol of envs/__init__.py over many of them, in this process or in several.
@@ -17,7 +17,7 @@ import torch
 from gymnasium.spaces import Box, Discrete, flatdim, flatten
 from pettingzoo import ParallelEnv
 
-from envs import EnvFailure
+from envs import EnvFailure, check_action
 
 
 def load(env_id: str, env_kwargs: dict, **more) -> ParallelEnv:
@@ -254,11 +254,7 @@ class PettingZooEnv:
 
         Raises RuntimeError at the horizon, and ValueError for actions of another shape.
         """
-        if self.t >= self.horizon:
-            raise RuntimeError(f"the episode is over after {self.horizon} steps: call reset()")
-        shape = (self.num_envs, self.num_agents, *([self.num_actions] if self.continuous else []))
-        if act.shape != shape:
-            raise ValueError(f"actions must have shape {shape}, got {tuple(act.shape)}")
+        check_action(self, act)
         self.t += 1
         obs, rewards, terminated = self.call("step", act.cpu().numpy())
         self.rewards_differ |= bool((rewards != rewards[:, :1]).any())
