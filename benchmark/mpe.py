@@ -75,10 +75,22 @@ def flags_of(args: Args, task: str, row: str) -> str:
     return " ".join(f"{TASKS[task][0]} {ROWS[row][1]} {args.flags}".split())
 
 
+def any_env(task: str) -> bool:
+    """Whether a task is played on PettingZoo itself, for which there is one script."""
+    return "--env-id" in TASKS[task][0]
+
+
+def fits(task: str, row: str) -> bool:
+    """Exact Shapley values and differences are known in spread only; STAS-ML has no script for any environment."""
+    if row in ("shapley", "difference"):
+        return task.startswith("spread")
+    return row != "STAS-ML" or not any_env(task)
+
+
 def run(args: Args, task: str, row: str, seed: int) -> None:
     """One training run; its row and its curve go into the results."""
     flags = flags_of(args, task, row)
-    script = PETTINGZOO if "--env-id" in flags else ROWS[row][0]
+    script = PETTINGZOO if any_env(task) else ROWS[row][0]
     name = f"{task}-{row}-{args.flags.replace('--', '')}-{seed}"
     run_dir = args.results / "runs" / name.replace(",", "").replace(" ", "_")
     metrics, summary = train(script, ["--seed", str(seed), *flags.split()], run_dir)
@@ -184,9 +196,7 @@ if __name__ == "__main__":
     done = {tuple(row[key] for key in keys) for row in read(args.results / "mpe.csv")}
     seeds = {task: args.seeds or range(1, TASKS[task][1] + 1) for task in args.tasks}
     wanted = [(task, row, seed) for task in args.tasks for seed in seeds[task] for row in args.rows]
-    wanted = [job for job in wanted if job[0].startswith("spread") or job[1] not in ("shapley", "difference")]
-    wanted = [job for job in wanted if not job[0].startswith("simple") or job[1] != "STAS-ML"]
-    wanted = [job for job in wanted if (*job[:2], flags_of(args, *job[:2]), str(job[2])) not in done]
+    wanted = [job for job in wanted if fits(*job[:2]) and (*job[:2], flags_of(args, *job[:2]), str(job[2])) not in done]
     if not args.report:
         run_all(partial(run, args), wanted, args.workers)
     rows = read(args.results / "mpe.csv")
