@@ -24,12 +24,10 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 def connect(device: torch.device) -> torch.device:
     """Meet the other processes; returns the device of this one."""
     if device.type == "cuda":
-        rank, here = (
-            int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-        )
-        if here > torch.cuda.device_count():
-            fail(f"--cuda: must have a device for each of {here} processes, found {torch.cuda.device_count()}")
-        device = torch.device("cuda", rank)
+        here, found = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > found:
+            fail(f"--cuda: must have a device for each of {here} processes, found {found}")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -227,9 +227,7 @@ def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, check
     reward = episode["team_reward"][0].numpy()
     draw_credits(run_dir / "credit.png", credits[0].numpy(), leftover, reward, env, title, marks)
     pictures = ["learning_curve.png", "credit.png"]
-    images = [
-        Image.fromarray(frame) for frame in frames if isinstance(frame, np.ndarray)
-    ]  # an environment may have none
+    images = [Image.fromarray(frame) for frame in frames if isinstance(frame, np.ndarray)]  # some have no pictures
     if images:
         durations = [1000 // env.metadata["render_fps"]] * (len(images) - 1) + [2000]  # rest on the last picture
         gif = dict(save_all=True, append_images=images[1:], duration=durations, loop=0, format="gif")

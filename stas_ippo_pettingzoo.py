@@ -163,7 +163,7 @@ def env_settings(args: Args) -> dict:
 def make_env(args: Args, num_envs: int, device: str | torch.device = "cpu"):
     """The environments to learn in."""
     return pettingzoo.PettingZooEnv(
-        num_envs=num_envs, device=device, num_workers=args.env_workers, **env_settings(args)
+        **env_settings(args), num_envs=num_envs, device=device, num_workers=args.env_workers
     )
 
 
@@ -546,8 +546,9 @@ if __name__ == "__main__":
         env = make_env(args, args.num_envs, device)
         agent, decomposer = make_networks(args, env)
         agent.to(device)
-        # The first episodes are only played: to meet what is wrong with the environment or the horizon, and returns.
-        untrained = rollout(env, agent, np.random.SeedSequence((args.seed, 0, RANK)).generate_state(1).item())
+        if checkpoint is None:
+            # These episodes are only played: to meet what is wrong with the environment or the horizon, and returns.
+            untrained = rollout(env, agent, np.random.SeedSequence((args.seed, 0, RANK)).generate_state(1).item())
     except ValueError as error:
         run_folder.fail_flag(error)
     except EnvFailure as error:
@@ -635,9 +636,8 @@ if __name__ == "__main__":
             b_obs, b_elapsed, b_act, b_logprob, b_values = (episodes[name][valid] for name in names)  # (S, ...)
             b_advantages, b_targets = advantages[valid], targets[valid]  # (S, N)
             clipfracs = []
-            num_minibatches = min(
-                args.num_minibatches, len(b_obs) if WORLD_SIZE == 1 else args.num_envs
-            )  # alike in all
+            at_least = len(b_obs) if WORLD_SIZE == 1 else args.num_envs  # steps to share out, alike in all processes
+            num_minibatches = min(args.num_minibatches, at_least)
             for _ in range(args.update_epochs):
                 for mb in torch.randperm(len(b_obs), device=device).tensor_split(num_minibatches):
                     _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb], b_elapsed[mb], b_act[mb])
