@@ -1,5 +1,6 @@
 """Run a script in this process, as `python script.py flags` would."""
 
+import csv
 import runpy
 import signal
 import sys
@@ -24,6 +25,14 @@ COMMON += " --decomposer-updates 2 --update-epochs 2 --num-minibatches 4 --buffe
 TINY = {ALICEBOB: f"{COMMON} --num-threads 1 --num-envs 5", MPE: f"{COMMON} --num-threads 1 --num-envs 8"}
 TINY[PETTINGZOO] = TINY[MPE]
 TINY[ML] = TINY[MPE].replace("--num-layers 1", "--num-layers 2")
+
+TIMES = ("wall_time", "time/", "charts/SPS")
+
+
+def read_metrics(run_dir) -> list[dict]:
+    """The rows of metrics.csv without their times."""
+    with open(run_dir / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(params=SCRIPTS)
