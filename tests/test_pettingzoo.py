@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from conftest import PETTINGZOO, ROOT, TINY, read_metrics
 from gymnasium.spaces import Box, Discrete, MultiBinary
 from pettingzoo import ParallelEnv
+from pettingzoo.test import parallel_api_test
 
 import distributed
 import envs.mpe
@@ -223,6 +224,32 @@ def test_spread_is_the_batched_spread():
         (obs, reward, _), (same_obs, same_reward, _) = copies.step(act), batch.step(act)
         torch.testing.assert_close(obs.double(), same_obs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(reward.double(), same_reward, rtol=1e-5, atol=1e-5)
+
+
+def test_foraging_pays_those_who_load_together():
+    """Levels 1 and 2 beside food of level 3: alone nobody can load it; together they share the whole by level."""
+    foraging = pytest.importorskip("envs.foraging")
+    parallel_api_test(foraging.parallel_env(), 200)
+    env = foraging.parallel_env(size=5, food=1)
+    none, load, first, second = 0, 5, *env.possible_agents
+
+    def play(*acts):
+        env.reset(seed=3)
+        env.game.field[:] = 0
+        env.game.field[2, 2] = env.game._food_spawned = 3
+        for player, position, level in zip(env.game.players, ((1, 2), (2, 3)), (1, 2)):
+            player.position, player.level = position, level
+        env.game._gen_valid_moves()
+        return env.step(dict(zip(env.agents, acts)))[1:4]
+
+    assert play(load, none) == ({first: 0, second: 0}, *[{first: False, second: False}] * 2)
+    rewards, terminated, truncated = play(load, load)
+    assert rewards == pytest.approx({first: 1 / 3, second: 2 / 3}) and env.agents == []
+    assert all(terminated.values()) and not any(truncated.values())
+    env.reset(seed=4)
+    for _ in range(50):
+        *_, terminated, truncated, _ = env.step(dict.fromkeys(env.agents, none))
+    assert all(truncated.values()) and not any(terminated.values()) and env.agents == []
 
 
 @pytest.mark.parametrize("box", [False, True])
