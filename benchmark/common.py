@@ -87,11 +87,14 @@ def missing(path: Path, keys: tuple[str, ...], jobs: list[tuple]) -> list[tuple]
     return [job for job in dict.fromkeys(jobs) if tuple(map(str, job)) not in done]
 
 
-def train(script: str, flags: list[str], run_dir: Path, threads: int = 1) -> tuple[list[dict], dict]:
+def train(
+    script: str, flags: list[str], run_dir: Path, threads: int = 1, processes: int = 1
+) -> tuple[list[dict], dict]:
     """One training run in a new `run_dir`: the rows of its metrics.csv, and its summary.json."""
     shutil.rmtree(run_dir, ignore_errors=True)
-    command = [sys.executable, str(ROOT / script), "--run-dir", str(run_dir), "--num-threads", str(threads), *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split() if processes > 1 else []
+    command = [sys.executable, *torchrun, str(ROOT / script), "--run-dir", str(run_dir)]
+    subprocess.run([*command, "--num-threads", str(threads), *flags], check=True, stdout=subprocess.DEVNULL)
     return read(run_dir / "metrics.csv"), json.loads((run_dir / "summary.json").read_text())
 
 

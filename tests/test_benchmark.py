@@ -67,6 +67,28 @@ def test_independent_coalitions_have_no_pairs(benchmark_of):
     assert masks.shape == (2, 500, 4, 4) and both.double().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
+def test_traffic_is_what_an_iteration_sums(benchmark_of, run_script, monkeypatch):
+    """Two iterations that believe to be one of two processes, whose sums are counted instead of made."""
+    sizes = []
+    monkeypatch.setattr("distributed.WORLD_SIZE", 2)
+    monkeypatch.setattr("distributed.dist.all_reduce", lambda values: sizes.append(values.nbytes))
+    monkeypatch.setattr("distributed.dist.gather_object", lambda part, states: states.__setitem__(0, part))
+    monkeypatch.setattr("distributed.connect", lambda device: device)
+    monkeypatch.setattr("evaluate.evaluate_run", lambda run_dir: "")
+    flags = "--total-timesteps 500 --num-envs 16 --reward-scale 1 --run-dir run"
+    assert run_script(flags, "stas_ippo_pettingzoo.py")[0] == 0
+    sums, size = benchmark_of("scaling").traffic()
+    assert (len(sizes), sum(sizes)) == (2 * sums, 2 * size)
+
+
+def test_efficiency_by_hand(benchmark_of, monkeypatch):
+    scaling = benchmark_of("scaling")
+    monkeypatch.setattr(scaling, "traffic", lambda: (100, 10**6))
+    # 100 sums of 2 * 3 messages of 1 ms take 0.6 s; 2 * 3 / 4 MB at 8 Mbit/s take 1.5 s.
+    assert scaling.efficiency(2.1, 4, 0.008, 1e-3, ring=True) == pytest.approx(0.5)
+    assert scaling.efficiency(1.9, 4, 0.008, 1e-3, ring=False) == pytest.approx(0.5)
+
+
 def test_gains_are_paired_by_seed(benchmark_of):
     runs = [{"seed": seed, "return": value} for seed, value in (("1", "5"), ("2", "7"), ("4", "0"))]
     others = [{"seed": seed, "return": value} for seed, value in (("3", "9"), ("2", "3"), ("1", "4"))]

@@ -49,6 +49,9 @@ def test_benchmark_commands(command, tmp_path):
             f"--flags={TINY[MPE]}",
         ],
         "benchmark/update.py": "--against HEAD --num-agents 3 --threads 1 --updates 2".split(),
+        "benchmark/scaling.py": (
+            "--env-id mpe2.simple_reference_v3 --copies 1 2 --turns 1 --min-seconds 0.01 --total-timesteps 3300"
+        ).split(),
         "benchmark/simulator.py": "--num-agents 3 --num-envs 1 8 --turns 1 --min-seconds 0.01".split(),
         "benchmark/shapley_training.py": [
             *"--seeds 1 --mc-samples 5 --num-layers 1 --scenarios spread --critic-agents 3".split(),

@@ -1,0 +1,163 @@
+"""What worker processes and several learners bring on this machine, and what a network would leave of it.
+
+    python benchmark/scaling.py             # what is missing, then the tables; to be run on an idle machine
+    python benchmark/scaling.py --report    # only the tables
+
+Three measurements: steps per second of 1, 4 and 16 copies of a slow environment, pursuit, with and without workers
+(workers.csv); training on simple_reference in one process and in two (scaling.csv); and the number of bytes of an
+iteration. From these follows, as a calculation, the efficiency to expect of many processes.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from common import RESULTS, ROOT, append, late, missing, rates_in_turns, read, train
+
+sys.path.insert(0, str(ROOT))
+import stas_ippo_pettingzoo as script  # noqa: E402
+from envs import pettingzoo  # noqa: E402
+
+LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
+
+
+@dataclass
+class Args:
+    env_id: str = "pettingzoo.sisl.pursuit_v5"
+    """slow environment"""
+    copies: tuple[int, ...] = (1, 4, 16)
+    """copies of it"""
+    workers: tuple[int, ...] = (0, 1, 2)
+    """processes that play them"""
+    turns: int = 3
+    """times each is measured"""
+    min_seconds: float = 4.0
+    """length of one measurement"""
+    total_timesteps: int = 200_000
+    """steps of each training run"""
+    seed: int = 11
+    """its seed"""
+    results: Path = RESULTS
+    """folder of the results"""
+    report: bool = False
+    """run nothing"""
+
+
+def player(env_id: str, copies: int, workers: int, steps: int = 10):
+    """A function that plays the first `steps` steps of `copies` random episodes, and the number of steps in all."""
+    env = pettingzoo.make(env_id, copies, steps, num_workers=workers)
+    act = torch.randint(env.num_actions, (steps, copies, env.num_agents), generator=torch.Generator().manual_seed(0))
+
+    def episode() -> None:
+        env.reset(0)
+        for t in range(steps):
+            env.step(act[t])
+
+    return episode, steps * copies
+
+
+def measure_workers(args: Args) -> list[dict]:
+    rows = []
+    for copies in args.copies:
+        players = {workers: player(args.env_id, copies, workers) for workers in args.workers}
+        rates = rates_in_turns(players, args.turns, args.min_seconds)
+        for workers, rate in rates.items():
+            ratio = round(float(np.median(rate / rates[args.workers[0]])), 2)
+            rates_of = {"steps_per_second": round(float(np.median(rate)), 1), "ratio": ratio}
+            rows.append({"env_id": args.env_id, "copies": copies, "workers": workers} | rates_of)
+    return rows
+
+
+def measure_training(args: Args, processes: int, num_envs: int) -> dict:
+    """One run with `num_envs` episodes in each process: rates and times after the first two iterations."""
+    run_dir = args.results / "runs" / f"scaling-{processes}-{num_envs}"
+    flags = f"--seed {args.seed} --num-envs {num_envs} --total-timesteps {args.total_timesteps}".split()
+    sent = LOOPBACK.read_text() if LOOPBACK.exists() else "nan"
+    metrics, _ = train(script.__file__, flags, run_dir, processes=processes)
+    sent = float(LOOPBACK.read_text() if LOOPBACK.exists() else "nan") - float(sent)
+    first, last = metrics[min(1, len(metrics) - 2)], metrics[-1]
+    seconds, steps = (float(last[name]) - float(first[name]) for name in ("wall_time", "global_step"))
+    times = {
+        f"{name}_seconds": round(float(np.median([float(row[f"time/{name}"]) for row in metrics])), 3)
+        for name in ("rollout", "decomposer", "ppo")
+    }
+    return {
+        "processes": processes,
+        "num_envs": num_envs,
+        "total_timesteps": args.total_timesteps,
+        "seed": args.seed,
+        "steps_per_second": round(steps / seconds),
+        "training_return": late(metrics, "charts/episodic_return"),
+        "iterations": len(metrics),
+        "megabytes_sent": round(sent / 1e6, 1),
+    } | times
+
+
+def traffic() -> tuple[int, int]:
+    """How often the processes sum something in an iteration of simple_reference, and the bytes of it all."""
+    args = script.Args()
+    agent, decomposer = script.make_networks(args, script.make_env(args, 1))
+    weights = [sum(weights.numel() for weights in network.parameters()) for network in (decomposer, agent)]
+    minibatches = args.update_epochs * args.num_minibatches
+    # Gradients and the size of the batch in float32; of advantages the sum and the count, then the squares, in float64;
+    # of every iteration three sums of the episodes and the number of signals.
+    sums = args.decomposer_updates + 3 * minibatches + 2
+    size = args.decomposer_updates * 4 * (weights[0] + 1) + minibatches * (4 * (weights[1] + 1) + 16 + 8) + 24 + 8
+    return sums, size
+
+
+def efficiency(seconds: float, processes: int, gbits: float, latency: float, ring: bool) -> float:
+    """The share of an iteration of `seconds` that is left for work if every process plays its own episodes.
+
+    A sum over P processes takes 2 (P - 1) messages one after the other in a ring, 2 log2(P) in a tree; either way a
+    process sends about 2 (P - 1) / P times its bytes. Waiting for the slowest process is not counted.
+    """
+    sums, size = traffic()
+    messages = 2 * (processes - 1) if ring else 2 * math.log2(processes)
+    sending = 2 * (processes - 1) / processes * 8 * size / (gbits * 1e9)
+    return seconds / (seconds + sums * messages * latency + sending)
+
+
+def report(args: Args) -> None:
+    print("| copies | workers | steps per second | ratio |\n|---|---|---|---|")
+    for row in read(args.results / "workers.csv"):
+        print(f"| {row['copies']} | {row['workers']} | {row['steps_per_second']} | {row['ratio']} |")
+    runs = read(args.results / "scaling.csv")
+    print("\n| processes | episodes in each | steps per second | ratio | last training return | roll-out, fit, PPO |")
+    print("|---" * 6 + "|")
+    for row in runs:
+        ratio = float(row["steps_per_second"]) / float(runs[0]["steps_per_second"])
+        times = ", ".join(f"{float(row[f'{name}_seconds']):.2f}" for name in ("rollout", "decomposer", "ppo"))
+        print(
+            f"| {row['processes']} | {row['num_envs']} | {row['steps_per_second']} | {ratio:.2f} "
+            f"| {float(row['training_return']):.2f} | {times} s |"
+        )
+    sums, size = traffic()
+    print(f"\nAn iteration sums {sums} times over the processes, {size / 1e6:.1f} MB in all.", end=" ")
+    seen = [float(row["megabytes_sent"]) / float(row["iterations"]) for row in runs if row["processes"] == "2"]
+    print(f"Sent by both of two processes, as the machine counts: {', '.join(f'{each:.1f}' for each in seen)} MB.\n")
+    if not runs:
+        return
+    seconds = sum(float(runs[0][f"{name}_seconds"]) for name in ("rollout", "decomposer", "ppo"))
+    print(f"Efficiency, calculated from an iteration of {seconds:.1f} s and 50 microseconds a message:\n")
+    print("| processes | ring, 1 Gbit/s | 10 | 100 | tree, 1 Gbit/s | 10 | 100 |\n|---|---|---|---|---|---|---|")
+    for processes in (8, 64, 512):
+        cells = [efficiency(seconds, processes, gbits, 50e-6, ring) for ring in (True, False) for gbits in (1, 10, 100)]
+        print(f"| {processes} | {' | '.join(f'{cell:.0%}' for cell in cells)} |")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    args.results.mkdir(parents=True, exist_ok=True)
+    if not args.report:
+        if not read(args.results / "workers.csv"):
+            append(args.results / "workers.csv", measure_workers(args))
+        one = script.Args.num_envs
+        jobs = [(1, one, args.total_timesteps), (2, one // 2, args.total_timesteps), (2, one, args.total_timesteps)]
+        for job in missing(args.results / "scaling.csv", ("processes", "num_envs", "total_timesteps"), jobs):
+            append(args.results / "scaling.csv", [measure_training(args, *job[:2])])
+    report(args)
