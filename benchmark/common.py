@@ -88,13 +88,21 @@ def missing(path: Path, keys: tuple[str, ...], jobs: list[tuple]) -> list[tuple]
 
 
 def train(
-    script: str, flags: list[str], run_dir: Path, threads: int = 1, processes: int = 1
+    script: str, flags: list[str], run_dir: Path, threads: int = 1, processes: int = 1, resume: bool = False
 ) -> tuple[list[dict], dict]:
-    """One training run in a new `run_dir`: the rows of its metrics.csv, and its summary.json."""
-    shutil.rmtree(run_dir, ignore_errors=True)
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split() if processes > 1 else []
-    command = [sys.executable, *torchrun, str(ROOT / script), "--run-dir", str(run_dir)]
-    subprocess.run([*command, "--num-threads", str(threads), *flags], check=True, stdout=subprocess.DEVNULL)
+    """One training run: the rows of its metrics.csv, and its summary.json.
+
+    What is in `run_dir` is removed, or with `resume` continued from its checkpoint, if there is one.
+    """
+    command = [sys.executable, str(ROOT / script)]
+    if processes > 1:
+        command[1:1] = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+    if resume and (run_dir / "checkpoint.pt").exists():
+        command += ["--resume", str(run_dir)]
+    else:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        command += ["--run-dir", str(run_dir), "--num-threads", str(threads), *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return read(run_dir / "metrics.csv"), json.loads((run_dir / "summary.json").read_text())
 
 

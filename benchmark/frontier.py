@@ -4,7 +4,7 @@
     python benchmark/frontier.py --report     # only the tables and the figure
 
 Every run makes the same number of environment steps with one setting changed. The seed is one of those on which the
-defaults were chosen. Runs and files are those of mpe.py, in benchmark/results/tuning.
+defaults were chosen. Runs and files are those of learning.py, in benchmark/results/tuning.
 """
 
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import learning
 import matplotlib.figure
-import mpe
 import numpy as np
 import tyro
 from common import RESULTS, check_seeds, read, run_all
 
-CHANGES = {  # name: row of mpe.py, flags
+CHANGES = {  # name: row of learning.py, flags
     "default": ("stas", ""),
     "2 updates": ("stas", "--decomposer-updates 2"),
     "8 updates": ("stas", "--decomposer-updates 8"),
@@ -33,7 +33,7 @@ CHANGES = {  # name: row of mpe.py, flags
 
 @dataclass
 class Args:
-    tasks: list[Literal[tuple(mpe.TASKS)]] = field(default_factory=lambda: ["spread 3", "tag 3"])
+    tasks: list[Literal[tuple(learning.TASKS)]] = field(default_factory=lambda: ["spread 3", "tag 3"])
     """tasks to run"""
     changes: list[Literal[tuple(CHANGES)]] = field(default_factory=lambda: list(CHANGES))
     """what to change, one at a time"""
@@ -49,20 +49,20 @@ class Args:
     """run nothing"""
 
 
-def args_of(args: Args, flags: str) -> mpe.Args:
-    """What mpe.py is to run with the flags of a change."""
-    return mpe.Args(flags=f"{flags} {args.flags}".strip(), results=args.results)
+def args_of(args: Args, flags: str) -> learning.Args:
+    """What learning.py is to run with the flags of a change."""
+    return learning.Args(flags=f"{flags} {args.flags}".strip(), results=args.results)
 
 
 def key_of(args: Args, task: str, change: str) -> tuple[str, str, str]:
-    """Task, row and flags by which mpe.csv knows the runs of a change."""
+    """Task, row and flags by which learning.csv knows the runs of a change."""
     row, flags = CHANGES[change]
-    return task, row, mpe.flags_of(args_of(args, flags), task, row)
+    return task, row, learning.flags_of(args_of(args, flags), task, row)
 
 
 def run(args: Args, task: str, change: str, seed: int) -> None:
     row, flags = CHANGES[change]
-    mpe.run(args_of(args, flags), task, row, seed)
+    learning.run(args_of(args, flags), task, row, seed)
 
 
 def report(args: Args, rows: list[dict]) -> None:
@@ -94,7 +94,7 @@ def report(args: Args, rows: list[dict]) -> None:
 if __name__ == "__main__":
     args = tyro.cli(Args)
     check_seeds(args)
-    file = args.results / "mpe.csv"
+    file = args.results / "learning.csv"
     done = {tuple(row[name] for name in ("task", "row", "flags", "seed")) for row in read(file)}
     jobs = [(task, change, seed) for seed in args.seeds for task in args.tasks for change in args.changes]
     jobs = [job for job in jobs if (*key_of(args, *job[:2]), str(job[2])) not in done]

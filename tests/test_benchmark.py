@@ -3,12 +3,14 @@
 import importlib
 import itertools
 import math
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PETTINGZOO, ROOT, TINY
 
 
 @pytest.fixture
@@ -92,25 +94,49 @@ def test_efficiency_by_hand(benchmark_of, monkeypatch):
 def test_gains_are_paired_by_seed(benchmark_of):
     runs = [{"seed": seed, "return": value} for seed, value in (("1", "5"), ("2", "7"), ("4", "0"))]
     others = [{"seed": seed, "return": value} for seed, value in (("3", "9"), ("2", "3"), ("1", "4"))]
-    assert benchmark_of("mpe").paired(runs, others, "return") == [1, 4]
+    assert benchmark_of("learning").paired(runs, others, "return") == [1, 4]
+
+
+def test_statistics_over_tasks_by_counting(benchmark_of):
+    """Scores, the interquartile mean and the probability of improvement against loops; the interval holds the value."""
+    learning, scores = benchmark_of("learning"), [[0.0, 0.5, 1.0, 9.0], [0.5, 0.68, 0.6, -9.0]]
+    runs, dense = (
+        [{"random_return": "-10", "training_return": str(value)} for value in values] for values in ([-5, -1], [-2, 2])
+    )
+    assert learning.normalised(runs, dense) == pytest.approx([0.5, 0.9])
+    assert learning.iqm([torch.tensor(each).numpy() for each in scores]) == pytest.approx((0.5 + 0.5 + 0.6 + 0.68) / 4)
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[0] for b in scores[1]]
+    assert learning.better(*map(np.array, scores)) == pytest.approx(sum(pairs) / 16)
+    value, low, high = map(float, re.findall(r"[-\d.]+", learning.with_interval(lambda s: learning.iqm(s), scores)))
+    assert low <= value == 0.57 <= high and low < high
+
+
+def test_a_run_that_was_broken_off_is_continued(benchmark_of, tmp_path):
+    """The rows are those of the checkpoint's flags, which shows that it was not begun anew."""
+    train = benchmark_of("common").train
+    flags = [*TINY[PETTINGZOO].split(), "--checkpoint-every", "1"]
+    begun, _ = train(PETTINGZOO, flags, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    continued, summary = train(PETTINGZOO, [*flags, "--seed", "5"], tmp_path / "run", resume=True)
+    assert continued == begun and summary["eval/episodic_return"]
 
 
 def test_settings_are_never_averaged_in_silently(benchmark_of, tmp_path):
     """Rows of other flags or another script are rows of their own; the published table takes no other flags."""
     rows = [
-        {"task": "tag 3", "row": row, "seed": seed, "flags": f"--scenario tag {flags}".strip()}
+        {"task": "tag 3", "row": row, "seed": seed, "flags": f"--scenario tag {flags}".strip(), "threads": "1"}
         for row in ("stas", "STAS-ML")
         for flags in ("", "--mc-samples 20")
         for seed in ("1", "2")
     ]
-    names = benchmark_of("mpe").groups(rows)
+    names = benchmark_of("learning").groups(rows)
     assert {name: len(runs) for name, runs in names.items()} == dict.fromkeys(
         ("stas", "stas --mc-samples 20", "STAS-ML", "STAS-ML --mc-samples 20"), 2
     )
-    for program in ("mpe", "alicebob", "shapley_training", "shapley_noise"):
+    for program in ("learning", "shapley_training", "shapley_noise"):
         command = [sys.executable, str(ROOT / "benchmark" / f"{program}.py"), "--flags=--mc-samples 20"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 1 and "--results" in result.stderr and len(result.stderr.splitlines()) == 1
-    bad = [sys.executable, str(ROOT / "benchmark" / "mpe.py"), "--rows", "nonsense", "--results", str(tmp_path)]
+    bad = [sys.executable, str(ROOT / "benchmark" / "learning.py"), "--rows", "nonsense", "--results", str(tmp_path)]
     result = subprocess.run(bad, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr

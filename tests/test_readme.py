@@ -2,11 +2,12 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ALICEBOB, MPE, ROOT, TINY
+from conftest import MPE, ROOT, TINY
 
 README, BENCHMARKS = ((ROOT / name).read_text() for name in ("README.md", "benchmark/README.md"))
 COMMANDS = [
@@ -38,14 +39,30 @@ def test_training_commands(command, run_script, no_pictures, tmp_path):
     assert code == 0, err
 
 
+def test_the_tables_of_learning_are_those_of_the_results(tmp_path):
+    """Every line of a table that benchmark/learning.py prints from its CSV stands in benchmark/README.md; the figures
+    of a line of the README's table stand together in one line there."""
+    results = ROOT / "benchmark" / "results"
+    for name in ("learning.csv", "learning_curves.csv"):
+        shutil.copy(results / name, tmp_path)
+    command = [sys.executable, "benchmark/learning.py", "--report", "--results", str(tmp_path)]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    tables = [line for line in printed if line.startswith("|")]
+    assert len(tables) > 10 and [line for line in tables if line not in BENCHMARKS.splitlines()] == []
+    cells = [set(re.split(r" *\| *", line)) for line in tables]
+    own = README[README.index("| task | credit | seeds |") :].split("\n\n")[0].splitlines()[2:]
+    for line in own:
+        numbers = {cell for cell in re.split(r" *\| *", line)[3:] if cell}
+        assert any(numbers <= there for there in cells), line
+
+
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python benchmark/")])
 def test_benchmark_commands(command, tmp_path):
     small = {
-        "benchmark/alicebob.py": ["--variants", "stas", "--seeds", "1", f"--flags={TINY[ALICEBOB]}"],
         "benchmark/frontier.py": ["--tasks", "spread 3", "--changes", "default", "dense", f"--flags={TINY[MPE]}"],
         "benchmark/gridworld.py": ["--num-envs", "1", "8", "--turns", "1", "--min-seconds", "0.01"],
-        "benchmark/mpe.py": [
-            *["--tasks", "spread 3", "simple_reference", "--rows", "stas", "shapley", "--seeds", "1"],
+        "benchmark/learning.py": [
+            *["--tasks", "spread 3", "simple_reference", "Alice & Bob", "--rows", "stas", "shapley", "--seeds", "1"],
             f"--flags={TINY[MPE]}",
         ],
         "benchmark/update.py": "--against HEAD --num-agents 3 --threads 1 --updates 2".split(),

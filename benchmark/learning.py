@@ -1,0 +1,321 @@
+"""What a team earns after learning from each kind of credit, on every task: a grid of task x credit x seed.
+
+    python benchmark/learning.py                                          # what is missing, then tables and figures
+    python benchmark/learning.py --tasks "tag 3" --rows stas episodic     # only these
+    python benchmark/learning.py --report                                 # only the tables and the figures
+    python benchmark/learning.py --smoke --results /tmp/smoke             # everything at a hundredth of its budget
+    python benchmark/learning.py --flags="--mc-samples 20" --results /tmp/mc20    # another setting
+
+Each run is a call of a script. When it ends its row is added to learning.csv and its curve to learning_curves.csv, so
+the benchmark can be killed and started at any time; a run that was broken off is resumed from its last checkpoint.
+"""
+
+import re
+import shutil
+import sys
+import zlib
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+import tyro
+from common import RESULTS, append, check_flags, check_seeds, interval, late, read, run_all, train
+from scipy.stats import bootstrap, trim_mean
+
+ALICEBOB, MPE, ANY = "stas_ippo_alicebob.py", "stas_ippo_mpe.py", "stas_ippo_pettingzoo.py"
+NEAREST_FIRST = '{"num_agent_neighbors":2,"num_landmark_neighbors":3}'
+SMALL_PURSUIT = '{"max_cycles":100,"x_size":10,"y_size":10,"n_evaders":10}'
+PURSUIT = f"--env-id pettingzoo.sisl.pursuit_v5 --env-kwargs {SMALL_PURSUIT} --horizon 100 --num-envs 16"
+TASKS = {  # name: script, flags, seeds
+    "Alice & Bob": (ALICEBOB, "", 10),
+    "spread 3": (MPE, "", 8),
+    "tag 3": (MPE, "--scenario tag", 8),
+    "spread 6": (MPE, "--num-agents 6 --total-timesteps 345000", 5),
+    "tag 6": (MPE, "--scenario tag --num-agents 6 --total-timesteps 345000", 5),
+    "push 3": (MPE, "--scenario push --num-envs 64 --gamma 0.98 --gae-lambda 0.95 --total-timesteps 1500000", 5),
+    "spread 3, 100 steps": (MPE, "--max-cycles 100 --num-envs 32", 5),
+    "spread 15": (MPE, "--num-agents 15 --total-timesteps 345000", 3),
+    "simple_spread": (ANY, f"--env-id mpe2.simple_spread_v3 --env-kwargs {NEAREST_FIRST}", 3),
+    "simple_reference": (ANY, "--env-id mpe2.simple_reference_v3 --total-timesteps 200000", 3),
+    "simple_speaker_listener": (ANY, "--env-id mpe2.simple_speaker_listener_v4 --total-timesteps 200000", 3),
+    "foraging": (ANY, "--env-id envs.foraging --horizon 50 --num-envs 64", 3),
+    "pursuit": (
+        ANY,
+        f"{PURSUIT} --buffer-size 2048 --attention-window 10 --gamma 0.99 --gae-lambda 0.95 --total-timesteps 100000",
+        3,
+    ),
+}
+GRID = list(TASKS)[:8]  # those on batched environments
+ROWS = {  # name: flags
+    "stas": "",
+    "STAS-ML": "",
+    "stas, conserve none": "--conserve none",
+    "stas, coalition all": "--coalition all",
+    "stas, half shared": "--own-share 0.5",
+    "stas, shared equally": "--own-share 0",
+    "temporal": "--credit temporal",
+    "uniform": "--credit uniform",
+    "episodic": "--credit episodic",
+    "dense": "--credit dense",
+    "difference": "--credit difference",
+    "shapley": "--credit shapley",
+}
+FOUND = 0.9  # the treasure rate in Alice & Bob that counts as learned
+
+
+@dataclass
+class Args:
+    tasks: list[Literal[tuple(TASKS)]] = field(default_factory=lambda: GRID)
+    """tables to make"""
+    rows: list[Literal[tuple(ROWS)]] = field(default_factory=lambda: [r for r in ROWS if "share" not in r])
+    """rows of each table"""
+    seeds: list[int] = field(default_factory=list)
+    """seeds to run, at most 10 (default: from 1 on, as many as the task has)"""
+    workers: int = 2
+    """runs side by side; for times that are to be compared 1, with nothing else running"""
+    threads: int = 1
+    """CPU threads of each run"""
+    keep: bool = False
+    """keep the run folders, in runs/ below the results, for TensorBoard and evaluate.py"""
+    smoke: bool = False
+    """a hundredth of the steps; give another folder of results"""
+    flags: str = ""
+    """more flags for every run"""
+    results: Path = RESULTS
+    """folder of the results; give another one along with --flags"""
+    report: bool = False
+    """run nothing"""
+
+
+def flags_of(args: Args, task: str, row: str) -> str:
+    flags = f"{TASKS[task][1]} {ROWS[row]} {args.flags}"
+    if args.smoke:
+        steps = int((*re.findall(r"--total-timesteps (\d+)", flags), 600_000)[0])
+        flags += f" --total-timesteps {steps // 100} --eval-episodes 2"
+    return " ".join(flags.split())
+
+
+def fits(task: str, row: str) -> bool:
+    """Exact Shapley values and differences are known in spread only; STAS-ML has a script for MPE."""
+    if row in ("shapley", "difference"):
+        return task.startswith("spread")
+    return row != "STAS-ML" or TASKS[task][0] == MPE
+
+
+def run(args: Args, task: str, row: str, seed: int) -> None:
+    """One training run; its row and its curve go into the results."""
+    flags = flags_of(args, task, row)
+    run_dir = args.results / "runs" / re.sub(r"\W+", "_", f"{task} {row} {seed} {zlib.crc32(flags.encode()):x}")
+    script = "stas_ml_ippo_mpe.py" if row == "STAS-ML" else TASKS[task][0]
+    metrics, summary = train(script, ["--seed", str(seed), *flags.split()], run_dir, args.threads, resume=True)
+    key = {"task": task, "row": row, "seed": seed, "flags": flags, "threads": args.threads}
+    found = [each for each in metrics if float(each.get("charts/treasure_rate") or 0) >= FOUND]
+    result = key | {
+        "return": round(summary["eval/episodic_return"], 3),
+        "random_return": round(summary["random/episodic_return"], 3),
+        "length": round(summary["eval/episodic_length"], 2),
+        "treasure_rate": summary.get("eval/treasure_rate", ""),
+        "steps_to_found": found[0]["global_step"] if found else "",
+        "seconds_to_found": round(float(found[0]["wall_time"]), 1) if found else "",
+        "training_return": late(metrics, "charts/episodic_return"),
+        "mean_return": round(float(np.mean([float(each["charts/episodic_return"]) for each in metrics])), 4),
+        "entropy": late(metrics, "losses/entropy"),
+        "explained_variance": late(metrics, "decomposer/explained_variance"),
+        "reward_correlation": late(metrics, "decomposer/reward_correlation"),
+        "shapley_correlation": late(metrics, "decomposer/shapley_correlation"),
+        "credit_std": late(metrics, "decomposer/credit_std"),
+        "decomposer_share": round(float(np.mean([share(each) for each in metrics])), 3),
+        "steps": summary["global_step"],
+        "seconds": round(summary["wall_time"], 1),
+    }
+    columns = {"step": "global_step", "return": "charts/episodic_return"}
+    thin = metrics[:: max(1, len(metrics) // 60)]
+    append(args.results / "learning_curves.csv", [key | {k: each[v] for k, v in columns.items()} for each in thin])
+    append(args.results / "learning.csv", [result])
+    if not args.keep:
+        shutil.rmtree(run_dir)
+    print(result, flush=True)
+
+
+def share(row: dict) -> float:
+    """The decomposer's share of an iteration's time."""
+    parts = [float(row[f"time/{name}"]) for name in ("decomposer", "rollout", "ppo")]
+    return parts[0] / sum(parts)
+
+
+def groups(rows: list[dict]) -> dict[str, list[dict]]:
+    """Results of one task with the same row, flags and threads together, in the order of ROWS; other flags named."""
+    order = {name: i for i, name in enumerate(ROWS)}
+    found: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: (order[row["row"]], row["flags"], row["threads"], int(row["seed"]))):
+        usual = " ".join(f"{TASKS[row['task']][1]} {ROWS[row['row']]}".split())
+        more = [row["flags"].removeprefix(usual).strip(), f"{row['threads']} threads" * (row["threads"] != "1")]
+        found.setdefault(" ".join(filter(None, [row["row"], *more])), []).append(row)
+    return found
+
+
+def paired(runs: list[dict], others: list[dict], column: str) -> list[float]:
+    """runs - others of the seeds that both have."""
+    known = {row["seed"]: float(row[column]) for row in others}
+    return [float(row[column]) - known[row["seed"]] for row in runs if row["seed"] in known]
+
+
+def values(runs: list[dict], column: str) -> list[float]:
+    return [float(row[column]) for row in runs if row[column]]
+
+
+def normalised(runs: list[dict], dense: list[dict]) -> list[float]:
+    """Last training returns, where 0 is what random teams earn and 1 is the mean of `dense`."""
+    low = np.mean(values(runs + dense, "random_return"))
+    high = np.mean(values(dense, "training_return"))
+    return [(each - low) / (high - low) for each in values(runs, "training_return")]
+
+
+def table(rows: list[dict]) -> str:
+    """The table of one task."""
+    head = "credit | seeds | return on PettingZoo | last training return | more than `episodic`"
+    head += (
+        " | the same, mean of training | of the way to `dense` | score | explained variance | *when* | *who* | seconds"
+    )
+    lines = [f"| {head} |", "|---" * 12 + "|"]
+    found = groups(rows)
+    for name, runs in found.items():
+        extra = name.removeprefix(runs[0]["row"])  # other flags are compared with rows of the same
+        episodic, dense = (found.get(other + extra, []) for other in ("episodic", "dense"))
+        cells = [interval(values(runs, column)) for column in ("return", "training_return")]
+        gains = [paired(runs, episodic, column) for column in ("training_return", "mean_return")]
+        seeds = {row["seed"] for row in runs}
+        whole = paired([row for row in dense if row["seed"] in seeds], episodic, "training_return")
+        way = f"{np.mean(gains[0]) / np.mean(whole):.0%}" if gains[0] and whole else "-"
+        cells += ["", "", ""] if runs[0]["row"] == "episodic" else [*map(interval, gains), way]
+        cells.append(interval(normalised(runs, dense)) if dense else "-")
+        for column in ("explained_variance", "reward_correlation", "shapley_correlation"):
+            cells.append(interval(values(runs, column)) if values(runs, column) else "")
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {np.mean(values(runs, 'seconds')):.0f} |")
+    return "\n".join(lines)
+
+
+def treasure_table(rows: list[dict]) -> str:
+    """Medians over seeds with ranges, in Alice & Bob. A run that never found it counts as later than all."""
+    head = "credit | final rate >= 0.9 | final treasure rate | episode length | thousand steps to 0.9 | seconds to 0.9"
+    lines = [f"| {head} |", "|---" * 6 + "|"]
+    for name, runs in groups(rows).items():
+        steps, seconds = (
+            [float(row[f"{unit}_to_found"] or "inf") / scale for row in runs]
+            for unit, scale in (("steps", 1000), ("seconds", 1))
+        )
+        cells = [spread(values(runs, "treasure_rate")), spread(values(runs, "length"), "{:.1f}")]
+        cells += [spread(x, "{:.0f}").replace("inf", "never") for x in (steps, seconds)]
+        reached = sum(rate >= FOUND for rate in values(runs, "treasure_rate"))
+        lines.append(f"| {name} | {reached} of {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(numbers: list[float], form: str = "{:.2f}") -> str:
+    """median (smallest to largest)"""
+    low, middle, high = (form.format(x) for x in (min(numbers), np.median(numbers), max(numbers)))
+    return f"{middle} ({low} to {high})"
+
+
+def iqm(scores: list[np.ndarray], axis: int = -1) -> np.ndarray:
+    """Interquartile mean of the scores of all tasks together (Agarwal et al. 2021, arXiv 2108.13264)."""
+    return trim_mean(np.concatenate(scores, axis=axis), 0.25, axis=axis)
+
+
+def better(runs: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The probability that a run is better than another's, ties half; over the last axes."""
+    above = np.sign(runs[..., :, None] - others[..., None, :]).mean(axis=(-1, -2))
+    return (1 + above) / 2
+
+
+def with_interval(statistic, samples: list[list[float]]) -> str:
+    """A statistic of samples, one of each task, with its 95% bootstrap interval; seeds are drawn anew within tasks."""
+    samples = [np.asarray(sample) for sample in samples]
+    drawn = bootstrap(
+        samples, lambda *draws, axis=-1: statistic(draws), vectorized=True, method="percentile", rng=0, n_resamples=5000
+    ).confidence_interval
+    return f"{statistic(samples):.2f} ({drawn.low:.2f} to {drawn.high:.2f})"
+
+
+def summary_table(rows: list[dict], tasks: list[str]) -> str:
+    """Normalised scores over the tasks on which a row has at least two seeds."""
+    head = "credit | tasks | interquartile mean of the score | probability of a better end than `episodic`"
+    lines = [f"| {head} |", "|---" * 4 + "|"]
+    per_task = {task: groups([row for row in rows if row["task"] == task]) for task in tasks}
+    per_task = {task: found for task, found in per_task.items() if {"dense", "episodic"} <= set(found)}
+    for name in ROWS:
+        having = [found for found in per_task.values() if len(found.get(name, [])) > 1 and len(found["episodic"]) > 1]
+        if not having:
+            continue
+        scores = [normalised(found[name], found["dense"]) for found in having]
+        others = [normalised(found["episodic"], found["dense"]) for found in having]
+        chance = with_interval(
+            lambda both: np.mean([better(*pair) for pair in zip(both[::2], both[1::2])], axis=0),
+            [sample for pair in zip(scores, others) for sample in pair],
+        )
+        chance = "" if name == "episodic" else chance
+        lines.append(f"| {name} | {len(having)} | {with_interval(lambda s: iqm(s), scores)} | {chance} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> None:
+    """Team return in training against steps, below against seconds: mean over seeds, band from lowest to highest."""
+    tasks = [task for task in tasks if any(row["task"] == task for row in curves)]
+    if not tasks:
+        return
+    names = {name for task in tasks for name in groups([row for row in curves if row["task"] == task])}
+    order = [name for name in ROWS if name in names] + sorted(names - set(ROWS))
+    colors = {name: matplotlib.colormaps["tab20"](2 * i % 20 + i // 10) for i, name in enumerate(order)}
+    figure = matplotlib.figure.Figure(figsize=(4.2 * len(tasks), 6), layout="constrained")
+    axes = figure.subplots(2, len(tasks), squeeze=False, sharey="col")
+    shown = {}
+    for column, task in enumerate(tasks):
+        results = groups([row for row in rows if row["task"] == task])
+        for name, some in groups([row for row in curves if row["task"] == task]).items():
+            runs = [[row for row in some if row["seed"] == seed] for seed in sorted({row["seed"] for row in some})]
+            points = [sorted({float(row["step"]): float(row["return"]) for row in run}.items()) for run in runs]
+            grid = np.linspace(max(p[0][0] for p in points), min(p[-1][0] for p in points), 100)
+            lines = np.array([np.interp(grid, *zip(*p)) for p in points])
+            pace = np.mean([float(row["seconds"]) / float(row["steps"]) for row in results[name]])
+            for axis, x in zip(axes[:, column], (grid / 1000, grid * pace)):
+                (shown[name],) = axis.plot(x, lines.mean(axis=0), color=colors[name])
+                band = {"color": colors[name], "alpha": 0.15, "linewidth": 0}
+                axis.fill_between(x, lines.min(axis=0), lines.max(axis=0), **band)
+        axes[0, column].set(xlabel="environment steps (thousands)", title=task)
+        axes[1, column].set(xlabel="seconds, one thread")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("team return in training")
+    figure.legend([shown[name] for name in order], order, loc="outside lower center", ncols=min(6, len(order)))
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    (check_seeds if args.seeds else check_flags)(args)
+    if args.smoke and args.results.resolve() == RESULTS:
+        sys.exit("error: --smoke: must come with a --results folder of its own")
+    keys = ("task", "row", "flags", "threads", "seed")
+    done = {tuple(row[key] for key in keys) for row in read(args.results / "learning.csv")}
+    seeds = {task: args.seeds or range(1, TASKS[task][2] + 1) for task in args.tasks}
+    wanted = [(task, row, seed) for task in args.tasks for seed in seeds[task] for row in args.rows]
+    wanted = [job for job in wanted if fits(*job[:2])]
+    wanted = [job for job in wanted if (*job[:2], flags_of(args, *job[:2]), str(args.threads), str(job[2])) not in done]
+    if not args.report:
+        run_all(partial(run, args), wanted, args.workers)
+    rows, curves = (read(args.results / f"{name}.csv") for name in ("learning", "learning_curves"))
+    for task in [task for task in TASKS if any(row["task"] == task for row in rows)]:
+        some = [row for row in rows if row["task"] == task]
+        one = next(iter(groups(some).values()))
+        print(f"\n{task}: random team {interval(values(one, 'random_return'))}\n\n{table(some)}")
+        if TASKS[task][0] == ALICEBOB:
+            print(f"\n{treasure_table(some)}")
+    if rows:
+        print(f"\nOver all tasks of the grid:\n\n{summary_table(rows, GRID)}")
+        draw(rows, curves, GRID, args.results / "learning.png")
+        draw(rows, curves, list(TASKS)[len(GRID) :], args.results / "learning_pettingzoo.png")
