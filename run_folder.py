@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,6 +37,28 @@ from envs import EnvFailure
 HERE = Path(__file__).parent
 COUNTERS = ("iteration", "global_step", "wall_time", "csv_position")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+RANGES = [  # the smallest and the largest value of every flag that is a number
+    (0, 2**32 - 1, "seed"),
+    (0, 100, "num_layers"),
+    (0, 256, "num_threads num_obstacles env_workers"),
+    (1, 10**12, "total_timesteps"),
+    (1, 10**6, "max_cycles horizon num_minibatches buffer_size checkpoint_every eval_episodes"),
+    (1, 10**5, "num_envs decomposer_batch_size"),
+    (1, 10**4, "update_epochs decomposer_updates"),
+    (1, 1024, "mc_samples emb_dim"),
+    (1, 100, "num_heads num_agents num_agent_neighbors num_landmark_neighbors num_prey"),
+    (0, 10**9, "learning_starts attention_window"),
+    (1e-12, 1e38, "learning_rate decomposer_lr adv_eps"),
+    (1e-12, 1e9, "clip_coef max_grad_norm target_kl reward_scale"),
+    (0, 1e9, "ent_coef vf_coef"),
+    (0, 1, "gamma gae_lambda own_share"),
+]
+METRICS = (  # the columns of metrics.csv that all scripts have
+    "iteration global_step wall_time charts/episodic_return charts/episodic_length charts/agent_return_sum charts/SPS "
+    "charts/learning_rate losses/value_loss losses/policy_loss losses/entropy losses/old_approx_kl losses/approx_kl "
+    "losses/clipfrac losses/explained_variance decomposer/loss decomposer/explained_variance decomposer/credit_std "
+    "decomposer/reward_correlation time/rollout time/decomposer time/ppo"
+).split()
 SCRIPTS = sorted(path.name for path in HERE.glob("stas_*.py"))
 
 
@@ -107,12 +130,8 @@ def load_checkpoint(path: Path, flag: str) -> dict:
         fail(f"{flag} {path}: must be a checkpoint that is whole ({type(error).__name__})")
 
 
-def parse_flags(Args: type, ranges: list[tuple], file: str) -> tuple:
-    """Flags from the command line, config.json, and the checkpoint (None if there is none) to resume from.
-
-    Args:
-        ranges: (smallest, largest value, names of flags). file: the script's __file__.
-    """
+def parse_flags(Args: type, file: str) -> tuple:
+    """Flags of the script `file` from the command line, config.json, and the checkpoint to resume from, if any."""
     script = os.path.basename(file)
     args, config, checkpoint = tyro.cli(Args), {"script": script}, None
     if args.resume is not None:  # the saved flags win, but for three
@@ -128,8 +147,8 @@ def parse_flags(Args: type, ranges: list[tuple], file: str) -> tuple:
         if not ok:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {allowed}")
 
-    for low, high, names in ranges:
-        for name in names.split():
+    for low, high, names in RANGES:
+        for name in filter(partial(hasattr, args), names.split()):
             value = getattr(args, name)
             check(name, value is None or low <= value <= high, f"between {low:,} and {high:,}")
     check("emb_dim", args.emb_dim % args.num_heads == 0, f"a multiple of --num-heads {args.num_heads}")
@@ -210,6 +229,21 @@ def save_checkpoint(run_dir: Path, parts: dict, counters: tuple) -> None:
             torch.save(state, file)
 
     write_file(run_dir / "checkpoint.pt", write)
+
+
+def check_finite(networks: dict, iteration: int, run_dir: Path | None) -> None:
+    """End the program if a network (None: there is none) has weights that are not finite; `networks` names its loss."""
+    for name, network in networks.items():
+        if network is not None and not all(weights.isfinite().all() for weights in network.parameters()):
+            fail(f"{name} is not finite in iteration {iteration}{kept(run_dir)}", code=1)
+
+
+def stop(run_dir: Path | None, signum: int, processes: int = 1) -> NoReturn:
+    """End the program at a signal with a line that tells how to go on, from the process that has the run folder."""
+    if run_dir is not None:
+        start = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+        print(f"stopped; to continue: {start} {sys.argv[0]} --resume {shlex.quote(str(run_dir))}", file=sys.stderr)
+    sys.exit(128 + signum)
 
 
 def restore(checkpoint: dict | None, parts: dict) -> tuple:

@@ -30,7 +30,6 @@ if __name__ == "__main__":  # until the training loop begins, Ctrl-C ends at onc
 
 import math
 import os
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -116,29 +115,7 @@ class Args:
     reward_scale: float = 100.0  # divides the decomposer's targets and PPO's rewards; all logs are in raw units
 
 
-RANGES = [  # the smallest and the largest value of every number
-    (0, 2**32 - 1, "seed"),
-    (0, 100, "num_layers"),
-    (0, 256, "num_threads"),
-    (1, 10**12, "total_timesteps"),
-    (1, 10**6, "num_minibatches buffer_size checkpoint_every eval_episodes"),
-    (1, 10**5, "num_envs decomposer_batch_size"),
-    (1, 10**4, "update_epochs decomposer_updates"),
-    (1, 1024, "mc_samples emb_dim"),
-    (1, 100, "num_heads"),
-    (0, 10**9, "learning_starts attention_window"),
-    (1e-12, 1e38, "learning_rate decomposer_lr adv_eps"),
-    (1e-12, 1e9, "clip_coef max_grad_norm target_kl reward_scale"),
-    (0, 1e9, "ent_coef vf_coef"),
-    (0, 1, "gamma gae_lambda own_share"),
-]
-METRICS = (  # the columns of metrics.csv
-    "iteration global_step wall_time charts/episodic_return charts/episodic_length charts/treasure_rate "
-    "charts/agent_return_sum charts/SPS charts/learning_rate losses/value_loss losses/policy_loss losses/entropy "
-    "losses/old_approx_kl losses/approx_kl losses/clipfrac losses/explained_variance decomposer/loss "
-    "decomposer/explained_variance decomposer/credit_std decomposer/reward_correlation "
-    "time/rollout time/decomposer time/ppo"
-).split()
+METRICS = (*run_folder.METRICS, "charts/treasure_rate")  # the columns of metrics.csv
 
 
 def encode_obs(obs: torch.Tensor) -> torch.Tensor:
@@ -501,7 +478,7 @@ def compute_gae(
 
 if __name__ == "__main__":
     sys.excepthook = run_folder.report_error
-    args, config, checkpoint = run_folder.parse_flags(Args, RANGES, __file__)
+    args, config, checkpoint = run_folder.parse_flags(Args, __file__)
     run_name = run_folder.name_run(args, "alice_bob")
 
     # Device, environment, networks, and where they stood if the run is resumed.
@@ -623,9 +600,7 @@ if __name__ == "__main__":
         clock.append(time.time())
 
         # Log; save now and then, but never what a loss that is not finite has done to the weights.
-        for name, network in (("decomposer/loss", decomposer), ("PPO's loss", agent)):
-            if network is not None and not all(weights.isfinite().all() for weights in network.parameters()):
-                run_folder.fail(f"{name} is not finite in iteration {iteration}{run_folder.kept(run_dir)}", code=1)
+        run_folder.check_finite({"decomposer/loss": decomposer, "PPO's loss": agent}, iteration, run_dir)
         if decomposer is not None:
             metrics |= measure_credits(args, partial(decompose, args, decomposer), episodes, credits)
         wall_time = time.time() - start_time
@@ -643,8 +618,7 @@ if __name__ == "__main__":
             writer.flush()
             run_folder.save_checkpoint(run_dir, parts, (iteration, global_step, wall_time, csv_file.tell()))
         if stopped:
-            print(f"stopped; to continue: python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}", file=sys.stderr)
-            sys.exit(128 + signals[0])
+            run_folder.stop(run_dir, signals[0])
 
     for output in (bar, csv_file, writer):
         output.close()

@@ -30,7 +30,6 @@ if __name__ == "__main__":  # until the training loop begins, Ctrl-C ends at onc
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -125,29 +124,7 @@ class Args:
     deviation of returns before training; 1 if they are all alike)"""
 
 
-RANGES = [  # the smallest and the largest value of every number
-    (0, 2**32 - 1, "seed"),
-    (0, 100, "num_layers"),
-    (0, 256, "num_threads env_workers"),
-    (1, 10**12, "total_timesteps"),
-    (1, 10**6, "horizon num_minibatches buffer_size checkpoint_every eval_episodes"),
-    (1, 10**5, "num_envs decomposer_batch_size"),
-    (1, 10**4, "update_epochs decomposer_updates"),
-    (1, 1024, "mc_samples emb_dim"),
-    (1, 100, "num_heads"),
-    (0, 10**9, "learning_starts attention_window"),
-    (1e-12, 1e38, "learning_rate decomposer_lr adv_eps"),
-    (1e-12, 1e9, "clip_coef max_grad_norm target_kl reward_scale"),
-    (0, 1e9, "ent_coef vf_coef"),
-    (0, 1, "gamma gae_lambda own_share"),
-]
-METRICS = (  # the columns of metrics.csv
-    "iteration global_step wall_time charts/episodic_return charts/episodic_length "
-    "charts/agent_return_sum charts/SPS charts/learning_rate losses/value_loss losses/policy_loss losses/entropy "
-    "losses/old_approx_kl losses/approx_kl losses/clipfrac losses/explained_variance decomposer/loss "
-    "decomposer/explained_variance decomposer/credit_std decomposer/reward_correlation "
-    "time/rollout time/decomposer time/ppo"
-).split()
+METRICS = run_folder.METRICS  # the columns of metrics.csv
 
 
 def env_settings(args: Args) -> dict:
@@ -534,7 +511,7 @@ def compute_gae(
 
 if __name__ == "__main__":
     sys.excepthook = run_folder.report_error
-    args, config, checkpoint = run_folder.parse_flags(Args, RANGES, __file__)
+    args, config, checkpoint = run_folder.parse_flags(Args, __file__)
     run_name = run_folder.name_run(args, args.env_id)
     if checkpoint is not None and config.get("processes", 1) != WORLD_SIZE:
         run_folder.fail(f"--resume {args.resume}: must be continued by {config['processes']} processes, as it began")
@@ -679,9 +656,7 @@ if __name__ == "__main__":
         clock.append(time.time())
 
         # Log; save now and then, but never what a loss that is not finite has done to the weights.
-        for name, network in (("decomposer/loss", decomposer), ("PPO's loss", agent)):
-            if network is not None and not all(weights.isfinite().all() for weights in network.parameters()):
-                run_folder.fail(f"{name} is not finite in iteration {iteration}{run_folder.kept(run_dir)}", code=1)
+        run_folder.check_finite({"decomposer/loss": decomposer, "PPO's loss": agent}, iteration, run_dir)
         stopped = total(torch.tensor(len(signals), device=device)).item() > 0
         finished = global_step >= args.total_timesteps
         saves = stopped or finished or iteration % args.checkpoint_every == 0
@@ -704,12 +679,7 @@ if __name__ == "__main__":
             parts["buffer"].state_dict()  # which process 0 gathers to save it
         if stopped:
             total(torch.zeros(1, device=device))  # all wait until process 0 has saved
-            if RANK == 0:
-                start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {WORLD_SIZE}"
-                print(
-                    f"stopped; to continue: {start} {sys.argv[0]} --resume {shlex.quote(str(run_dir))}", file=sys.stderr
-                )
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+            run_folder.stop(run_dir, (signals or [signal.SIGTERM])[0], WORLD_SIZE)
 
     run_folder.release_signals()
     if RANK == 0:
