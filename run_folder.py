@@ -189,9 +189,13 @@ def open_run_dir(args, name: str, config: dict) -> Path:
 
 def open_logs(args, run_dir: Path, columns: list[str], global_step: int, csv_position: int) -> tuple:
     """metrics.csv, cut back to what it held at the checkpoint, its csv writer, TensorBoard's writer, progress bar."""
+    csv_file = open(run_dir / "metrics.csv", "a+", newline="")
+    csv_file.seek(0)
+    if next(csv.reader(csv_file), list(columns)) != list(columns):
+        fail(f"--resume {run_dir}: must be a run of this version; its metrics.csv has other columns")
+    csv_file.seek(0, os.SEEK_END)
     if global_step < args.total_timesteps:
         (run_dir / "summary.json").unlink(missing_ok=True)  # of a shorter run
-    csv_file = open(run_dir / "metrics.csv", "a", newline="")
     csv_file.truncate(min(csv_position, csv_file.tell()))
     csv_writer = csv.DictWriter(csv_file, columns)
     if os.path.getsize(csv_file.name) == 0:

@@ -1,24 +1,25 @@
 """What the benchmarks share: results that survive being stopped, runs side by side, and timing in turns."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import multiprocessing
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmark" / "results"
-LOCK = threading.Lock()
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, two-sided
+RESULTS = (ROOT / "benchmark" / "results").resolve()
+MOST_SEEDS = 100
 
 
 def read(path: Path) -> list[dict]:
@@ -29,9 +30,20 @@ def read(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True):
+    """Hold a file's lock, which other programs and threads respect too; one line if it is taken and not waited for."""
+    with open(path, "a+", newline="") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            sys.exit(f"error: {path}: another program is at this run, or one that was left over when this was killed")
+        yield file
+
+
 def append(path: Path, rows: list[dict]) -> None:
     """Add rows to a CSV file, with a header if it is new; ValueError if it has other columns."""
-    with LOCK, open(path, "a+", newline="") as file:
+    with locked(path) as file:
         file.seek(0)
         columns = next(csv.reader(file), None)
         if columns not in (None, list(rows[0])):
@@ -56,15 +68,15 @@ def run_all(run, jobs: list[tuple], workers: int) -> None:
 
 def check_flags(args) -> None:
     """End with one line on --flags that would go into the published results; make the folder of the results."""
-    if getattr(args, "flags", "") and args.results.resolve() == RESULTS:
+    if getattr(args, "flags", "") and args.results.resolve().is_relative_to(RESULTS):
         sys.exit(f"error: --flags {args.flags}: must come with a --results folder of its own")
     args.results.mkdir(parents=True, exist_ok=True)
 
 
 def check_seeds(args) -> None:
     """`check_flags`, and end with one line on seeds of which no interval can be given."""
-    if not 1 <= len(set(args.seeds)) == len(args.seeds) <= max(T_95):
-        sys.exit(f"error: --seeds {' '.join(map(str, args.seeds))}: must be 1 to {max(T_95)} different seeds")
+    if not 1 <= len(set(args.seeds)) == len(args.seeds) <= MOST_SEEDS:
+        sys.exit(f"error: --seeds {' '.join(map(str, args.seeds))}: must be 1 to {MOST_SEEDS} different seeds")
     check_flags(args)
 
 
@@ -92,18 +104,32 @@ def train(
 ) -> tuple[list[dict], dict]:
     """One training run: the rows of its metrics.csv, and its summary.json.
 
-    What is in `run_dir` is removed, or with `resume` continued from its checkpoint, if there is one.
+    What is in `run_dir` is removed; with `resume` a run that was broken off there is continued instead, if the same
+    commit began it.
     """
     command = [sys.executable, str(ROOT / script)]
     if processes > 1:
         command[1:1] = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
-    if resume and (run_dir / "checkpoint.pt").exists():
-        command += ["--resume", str(run_dir)]
-    else:
-        shutil.rmtree(run_dir, ignore_errors=True)
-        command += ["--run-dir", str(run_dir), "--num-threads", str(threads), *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir.with_name(run_dir.name + ".lock"), wait=False) as lock:
+        if resume and broken_off(run_dir):
+            command += ["--resume", str(run_dir)]
+        else:
+            shutil.rmtree(run_dir, ignore_errors=True)
+            command += ["--run-dir", str(run_dir), "--num-threads", str(threads), *flags]
+        # The run holds the lock too, and keeps it if this program is killed.
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=[lock.fileno()])
+    if done.returncode != 0:
+        sys.exit(f"error: {' '.join(command[1:])} ended with exit code {done.returncode}")
     return read(run_dir / "metrics.csv"), json.loads((run_dir / "summary.json").read_text())
+
+
+def broken_off(run_dir: Path) -> bool:
+    """Whether a run of this commit has a checkpoint but not ended."""
+    if not (run_dir / "checkpoint.pt").exists() or (run_dir / "summary.json").exists():
+        return False
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return json.loads((run_dir / "config.json").read_text())["git_commit"] == git.stdout.strip()
 
 
 def late(metrics: list[dict], name: str) -> float | str:
@@ -116,7 +142,7 @@ def interval(values: list[float], digits: int = 2) -> str:
     """mean +- half the width of its 95% confidence interval (Student's t over the seeds)"""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}" if values else "-"
-    half = T_95[len(values)] * np.std(values, ddof=1) / np.sqrt(len(values))
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
     return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 

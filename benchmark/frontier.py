@@ -73,7 +73,7 @@ def report(args: Args, rows: list[dict]) -> None:
         print("|---" * 6 + "|")
         for change in CHANGES:
             key = key_of(args, task, change)
-            some = [row for row in rows if (row["task"], row["row"], row["flags"]) == key]
+            some = [row for row in rows if (row["task"], row["row"], row["flags"], row["threads"]) == (*key, "1")]
             if not some:
                 continue
             columns = ("training_return", "mean_return", "explained_variance", "seconds")
@@ -95,7 +95,9 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     check_seeds(args)
     file = args.results / "learning.csv"
-    done = {tuple(row[name] for name in ("task", "row", "flags", "seed")) for row in read(file)}
+    done = {
+        tuple(row[name] for name in ("task", "row", "flags", "seed")) for row in read(file) if row["threads"] == "1"
+    }
     jobs = [(task, change, seed) for seed in args.seeds for task in args.tasks for change in args.changes]
     jobs = [job for job in jobs if (*key_of(args, *job[:2]), str(job[2])) not in done]
     if not args.report:

@@ -7,7 +7,7 @@
     python benchmark/learning.py --flags="--mc-samples 20" --results /tmp/mc20    # another setting
 
 Each run is a call of a script. When it ends its row is added to learning.csv and its curve to learning_curves.csv, so
-the benchmark can be killed and started at any time; a run that was broken off is resumed from its last checkpoint.
+the benchmark can be stopped and started at any time; a run that was broken off is resumed from its last checkpoint.
 """
 
 import re
@@ -42,10 +42,10 @@ TASKS = {  # name: script, flags, seeds
     "simple_spread": (ANY, f"--env-id mpe2.simple_spread_v3 --env-kwargs {NEAREST_FIRST}", 3),
     "simple_reference": (ANY, "--env-id mpe2.simple_reference_v3 --total-timesteps 200000", 3),
     "simple_speaker_listener": (ANY, "--env-id mpe2.simple_speaker_listener_v4 --total-timesteps 200000", 3),
-    "foraging": (ANY, "--env-id envs.foraging --horizon 50 --num-envs 64", 3),
+    "foraging": (ANY, "--env-id envs.foraging --horizon 50 --num-envs 64 --total-timesteps 400000", 3),
     "pursuit": (
         ANY,
-        f"{PURSUIT} --buffer-size 2048 --attention-window 10 --gamma 0.99 --gae-lambda 0.95 --total-timesteps 100000",
+        f"{PURSUIT} --buffer-size 2048 --attention-window 10 --gamma 0.99 --gae-lambda 0.95 --total-timesteps 60000",
         3,
     ),
 }
@@ -74,7 +74,7 @@ class Args:
     rows: list[Literal[tuple(ROWS)]] = field(default_factory=lambda: [r for r in ROWS if "share" not in r])
     """rows of each table"""
     seeds: list[int] = field(default_factory=list)
-    """seeds to run, at most 10 (default: from 1 on, as many as the task has)"""
+    """seeds to run (default: from 1 on, as many as the task has)"""
     workers: int = 2
     """runs side by side; for times that are to be compared 1, with nothing else running"""
     threads: int = 1
@@ -109,7 +109,11 @@ def fits(task: str, row: str) -> bool:
 def run(args: Args, task: str, row: str, seed: int) -> None:
     """One training run; its row and its curve go into the results."""
     flags = flags_of(args, task, row)
-    run_dir = args.results / "runs" / re.sub(r"\W+", "_", f"{task} {row} {seed} {zlib.crc32(flags.encode()):x}")
+    run_dir = (
+        args.results
+        / "runs"
+        / re.sub(r"\W+", "_", f"{task} {row} {seed} {args.threads} {zlib.crc32(flags.encode()):x}")
+    )
     script = "stas_ml_ippo_mpe.py" if row == "STAS-ML" else TASKS[task][0]
     metrics, summary = train(script, ["--seed", str(seed), *flags.split()], run_dir, args.threads, resume=True)
     key = {"task": task, "row": row, "seed": seed, "flags": flags, "threads": args.threads}
@@ -134,8 +138,8 @@ def run(args: Args, task: str, row: str, seed: int) -> None:
     }
     columns = {"step": "global_step", "return": "charts/episodic_return"}
     thin = metrics[:: max(1, len(metrics) // 60)]
-    append(args.results / "learning_curves.csv", [key | {k: each[v] for k, v in columns.items()} for each in thin])
     append(args.results / "learning.csv", [result])
+    append(args.results / "learning_curves.csv", [key | {k: each[v] for k, v in columns.items()} for each in thin])
     if not args.keep:
         shutil.rmtree(run_dir)
     print(result, flush=True)
@@ -160,19 +164,17 @@ def groups(rows: list[dict]) -> dict[str, list[dict]]:
 
 def paired(runs: list[dict], others: list[dict], column: str) -> list[float]:
     """runs - others of the seeds that both have."""
-    known = {row["seed"]: float(row[column]) for row in others}
-    return [float(row[column]) - known[row["seed"]] for row in runs if row["seed"] in known]
+    known = {row["seed"]: float(row[column]) for row in others if row[column]}
+    return [float(row[column]) - known[row["seed"]] for row in runs if row["seed"] in known and row[column]]
 
 
 def values(runs: list[dict], column: str) -> list[float]:
     return [float(row[column]) for row in runs if row[column]]
 
 
-def normalised(runs: list[dict], dense: list[dict]) -> list[float]:
-    """Last training returns, where 0 is what random teams earn and 1 is the mean of `dense`."""
-    low = np.mean(values(runs + dense, "random_return"))
-    high = np.mean(values(dense, "training_return"))
-    return [(each - low) / (high - low) for each in values(runs, "training_return")]
+def normalised(returns: np.ndarray, low: float, dense: np.ndarray) -> np.ndarray:
+    """Returns (..., n) as scores: 0 is `low`, what random teams earn, and 1 the mean of `dense` (..., m)."""
+    return (returns - low) / (np.mean(dense, axis=-1, keepdims=True) - low)
 
 
 def table(rows: list[dict]) -> str:
@@ -188,11 +190,14 @@ def table(rows: list[dict]) -> str:
         episodic, dense = (found.get(other + extra, []) for other in ("episodic", "dense"))
         cells = [interval(values(runs, column)) for column in ("return", "training_return")]
         gains = [paired(runs, episodic, column) for column in ("training_return", "mean_return")]
-        seeds = {row["seed"] for row in runs}
-        whole = paired([row for row in dense if row["seed"] in seeds], episodic, "training_return")
-        way = f"{np.mean(gains[0]) / np.mean(whole):.0%}" if gains[0] and whole else "-"
+        seeds = {row["seed"] for row in runs} & {row["seed"] for row in dense}
+        some = ([row for row in each if row["seed"] in seeds] for each in (runs, dense))
+        part, whole = (paired(each, episodic, "training_return") for each in some)
+        way = f"{np.mean(part) / np.mean(whole):.0%}" if part and whole else "-"
         cells += ["", "", ""] if runs[0]["row"] == "episodic" else [*map(interval, gains), way]
-        cells.append(interval(normalised(runs, dense)) if dense else "-")
+        low, high = values(dense, "random_return"), values(dense, "training_return")
+        scores = normalised(np.array(values(runs, "training_return")), np.mean(low), high) if dense else []
+        cells.append(interval(list(scores)))
         for column in ("explained_variance", "reward_correlation", "shapley_correlation"):
             cells.append(interval(values(runs, column)) if values(runs, column) else "")
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {np.mean(values(runs, 'seconds')):.0f} |")
@@ -221,44 +226,55 @@ def spread(numbers: list[float], form: str = "{:.2f}") -> str:
     return f"{middle} ({low} to {high})"
 
 
-def iqm(scores: list[np.ndarray], axis: int = -1) -> np.ndarray:
-    """Interquartile mean of the scores of all tasks together (Agarwal et al. 2021, arXiv 2108.13264)."""
-    return trim_mean(np.concatenate(scores, axis=axis), 0.25, axis=axis)
+def iqm(scores: list[np.ndarray]) -> np.ndarray:
+    """Interquartile mean over the runs of all tasks together (Agarwal et al. 2021, arXiv 2108.13264); the last axes."""
+    return trim_mean(np.concatenate(scores, axis=-1), 0.25, axis=-1)
 
 
 def better(runs: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The probability that a run is better than another's, ties half; over the last axes."""
+    """The probability that a run earns more than another's, ties half; over the last axes."""
     above = np.sign(runs[..., :, None] - others[..., None, :]).mean(axis=(-1, -2))
     return (1 + above) / 2
 
 
 def with_interval(statistic, samples: list[list[float]]) -> str:
-    """A statistic of samples, one of each task, with its 95% bootstrap interval; seeds are drawn anew within tasks."""
+    """A statistic of samples with its 95% bootstrap interval, in which every sample is drawn anew."""
     samples = [np.asarray(sample) for sample in samples]
-    drawn = bootstrap(
-        samples, lambda *draws, axis=-1: statistic(draws), vectorized=True, method="percentile", rng=0, n_resamples=5000
-    ).confidence_interval
-    return f"{statistic(samples):.2f} ({drawn.low:.2f} to {drawn.high:.2f})"
+    options = {"vectorized": True, "method": "percentile", "rng": 0, "n_resamples": 5000}
+    drawn = bootstrap(samples, lambda *draws, axis=-1: statistic(*draws), **options).confidence_interval
+    return f"{statistic(*samples):.2f} ({drawn.low:.2f} to {drawn.high:.2f})"
 
 
 def summary_table(rows: list[dict], tasks: list[str]) -> str:
-    """Normalised scores over the tasks on which a row has at least two seeds."""
+    """Scores over the tasks on which a row, `episodic` and `dense` have two seeds or more."""
     head = "credit | tasks | interquartile mean of the score | probability of a better end than `episodic`"
     lines = [f"| {head} |", "|---" * 4 + "|"]
-    per_task = {task: groups([row for row in rows if row["task"] == task]) for task in tasks}
-    per_task = {task: found for task, found in per_task.items() if {"dense", "episodic"} <= set(found)}
-    for name in ROWS:
-        having = [found for found in per_task.values() if len(found.get(name, [])) > 1 and len(found["episodic"]) > 1]
+    found = [groups([row for row in rows if row["task"] == task]) for task in tasks]
+    for name in dict.fromkeys(name for each in found for name in each):
+        row = next(row for row in ROWS if name == row or name.startswith(f"{row} "))
+        extra = name.removeprefix(row)  # other flags are compared with rows of the same
+        names = [name, f"episodic{extra}", f"dense{extra}"]
+        having = [[values(each.get(n, []), "training_return") for n in names] for each in found]
+        lows = [np.mean(values(each.get(names[2], []), "random_return") or [np.nan]) for each in found]
+        lows = [low for low, some in zip(lows, having) if min(map(len, some)) > 1]
+        having = [some for some in having if min(map(len, some)) > 1]
         if not having:
             continue
-        scores = [normalised(found[name], found["dense"]) for found in having]
-        others = [normalised(found["episodic"], found["dense"]) for found in having]
-        chance = with_interval(
-            lambda both: np.mean([better(*pair) for pair in zip(both[::2], both[1::2])], axis=0),
-            [sample for pair in zip(scores, others) for sample in pair],
-        )
-        chance = "" if name == "episodic" else chance
-        lines.append(f"| {name} | {len(having)} | {with_interval(lambda s: iqm(s), scores)} | {chance} |")
+
+        def score(*draws, lows=lows) -> np.ndarray:
+            """Of the returns of a row and of `dense` in turns, task by task."""
+            return iqm([normalised(*each) for each in zip(draws[::2], lows, draws[1::2])])
+
+        def chance(*draws) -> np.ndarray:
+            """Of the returns of a row and of `episodic` in turns; every task counts the same."""
+            return np.mean([better(*each) for each in zip(draws[::2], draws[1::2])], axis=0)
+
+        cells = [f"{name} | {len(having)}", "1 by definition", ""]
+        if row != "dense":
+            cells[1] = with_interval(score, [sample for own, _, dense in having for sample in (own, dense)])
+        if row != "episodic":
+            cells[2] = with_interval(chance, [sample for own, other, _ in having for sample in (own, other)])
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -276,6 +292,8 @@ def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> 
     for column, task in enumerate(tasks):
         results = groups([row for row in rows if row["task"] == task])
         for name, some in groups([row for row in curves if row["task"] == task]).items():
+            if name not in results:
+                continue  # broken off between the two files
             runs = [[row for row in some if row["seed"] == seed] for seed in sorted({row["seed"] for row in some})]
             points = [sorted({float(row["step"]): float(row["return"]) for row in run}.items()) for run in runs]
             grid = np.linspace(max(p[0][0] for p in points), min(p[-1][0] for p in points), 100)
@@ -286,7 +304,7 @@ def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> 
                 band = {"color": colors[name], "alpha": 0.15, "linewidth": 0}
                 axis.fill_between(x, lines.min(axis=0), lines.max(axis=0), **band)
         axes[0, column].set(xlabel="environment steps (thousands)", title=task)
-        axes[1, column].set(xlabel="seconds, one thread")
+        axes[1, column].set(xlabel="seconds")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
@@ -298,13 +316,13 @@ def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> 
 if __name__ == "__main__":
     args = tyro.cli(Args)
     (check_seeds if args.seeds else check_flags)(args)
-    if args.smoke and args.results.resolve() == RESULTS:
+    if args.smoke and args.results.resolve().is_relative_to(RESULTS):
         sys.exit("error: --smoke: must come with a --results folder of its own")
     keys = ("task", "row", "flags", "threads", "seed")
     done = {tuple(row[key] for key in keys) for row in read(args.results / "learning.csv")}
     seeds = {task: args.seeds or range(1, TASKS[task][2] + 1) for task in args.tasks}
     wanted = [(task, row, seed) for task in args.tasks for seed in seeds[task] for row in args.rows]
-    wanted = [job for job in wanted if fits(*job[:2])]
+    wanted = [job for job in dict.fromkeys(wanted) if fits(*job[:2])]
     wanted = [job for job in wanted if (*job[:2], flags_of(args, *job[:2]), str(args.threads), str(job[2])) not in done]
     if not args.report:
         run_all(partial(run, args), wanted, args.workers)

@@ -60,26 +60,31 @@ def player(env_id: str, copies: int, workers: int, steps: int = 10):
     return episode, steps * copies
 
 
-def measure_workers(args: Args) -> list[dict]:
-    rows = []
-    for copies in args.copies:
-        players = {workers: player(args.env_id, copies, workers) for workers in args.workers}
-        rates = rates_in_turns(players, args.turns, args.min_seconds)
-        for workers, rate in rates.items():
-            ratio = round(float(np.median(rate / rates[args.workers[0]])), 2)
-            rates_of = {"steps_per_second": round(float(np.median(rate)), 1), "ratio": ratio}
-            rows.append({"env_id": args.env_id, "copies": copies, "workers": workers} | rates_of)
-    return rows
+def measure_workers(args: Args, copies: int) -> list[dict]:
+    """The rates of one number of copies by every number of workers, in turns; ratios are to the first."""
+    players = {workers: player(args.env_id, copies, workers) for workers in args.workers}
+    rates = rates_in_turns(players, args.turns, args.min_seconds)
+    return [
+        {
+            "env_id": args.env_id,
+            "copies": copies,
+            "workers": workers,
+            "steps_per_second": round(float(np.median(rate)), 1),
+            "ratio": round(float(np.median(rate / rates[args.workers[0]])), 2),
+        }
+        for workers, rate in rates.items()
+    ]
 
 
 def measure_training(args: Args, processes: int, num_envs: int) -> dict:
-    """One run with `num_envs` episodes in each process: rates and times after the first two iterations."""
+    """One run with `num_envs` episodes in each process: steps per second after the first two iterations, if there are
+    more, and median times of all."""
     run_dir = args.results / "runs" / f"scaling-{processes}-{num_envs}"
     flags = f"--seed {args.seed} --num-envs {num_envs} --total-timesteps {args.total_timesteps}".split()
     sent = LOOPBACK.read_text() if LOOPBACK.exists() else "nan"
     metrics, _ = train(script.__file__, flags, run_dir, processes=processes)
     sent = float(LOOPBACK.read_text() if LOOPBACK.exists() else "nan") - float(sent)
-    first, last = metrics[min(1, len(metrics) - 2)], metrics[-1]
+    first, last = metrics[1] if len(metrics) > 2 else {"wall_time": 0, "global_step": 0}, metrics[-1]
     seconds, steps = (float(last[name]) - float(first[name]) for name in ("wall_time", "global_step"))
     times = {
         f"{name}_seconds": round(float(np.median([float(row[f"time/{name}"]) for row in metrics])), 3)
@@ -124,9 +129,10 @@ def efficiency(seconds: float, processes: int, gbits: float, latency: float, rin
 
 def report(args: Args) -> None:
     print("| copies | workers | steps per second | ratio |\n|---|---|---|---|")
-    for row in read(args.results / "workers.csv"):
+    for row in [row for row in read(args.results / "workers.csv") if row["env_id"] == args.env_id]:
         print(f"| {row['copies']} | {row['workers']} | {row['steps_per_second']} | {row['ratio']} |")
-    runs = read(args.results / "scaling.csv")
+    setting = (str(args.total_timesteps), str(args.seed))
+    runs = [row for row in read(args.results / "scaling.csv") if (row["total_timesteps"], row["seed"]) == setting]
     print("\n| processes | episodes in each | steps per second | ratio | last training return | roll-out, fit, PPO |")
     print("|---" * 6 + "|")
     for row in runs:
@@ -154,10 +160,12 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     args.results.mkdir(parents=True, exist_ok=True)
     if not args.report:
-        if not read(args.results / "workers.csv"):
-            append(args.results / "workers.csv", measure_workers(args))
-        one = script.Args.num_envs
-        jobs = [(1, one, args.total_timesteps), (2, one // 2, args.total_timesteps), (2, one, args.total_timesteps)]
-        for job in missing(args.results / "scaling.csv", ("processes", "num_envs", "total_timesteps"), jobs):
+        jobs = [(args.env_id, copies) for copies in args.copies]
+        for _, copies in missing(args.results / "workers.csv", ("env_id", "copies"), jobs):
+            append(args.results / "workers.csv", measure_workers(args, copies))
+        one, setting = script.Args.num_envs, (args.total_timesteps, args.seed)
+        jobs = [(1, one, *setting), (2, one // 2, *setting), (2, one, *setting)]
+        keys = ("processes", "num_envs", "total_timesteps", "seed")
+        for job in missing(args.results / "scaling.csv", keys, jobs):
             append(args.results / "scaling.csv", [measure_training(args, *job[:2])])
     report(args)

@@ -33,7 +33,6 @@ class Foraging(ParallelEnv):
             force_coop=coop,
         )
         self.possible_agents, self.agents = [f"player_{i}" for i in range(players)], []
-        self.max_cycles, self.t = max_cycles, 0
 
     def observation_space(self, agent: str) -> Box:
         return self.game.observation_space[self.possible_agents.index(agent)]
@@ -42,13 +41,12 @@ class Foraging(ParallelEnv):
         return self.game.action_space[self.possible_agents.index(agent)]
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        self.t, self.agents = 0, list(self.possible_agents)
+        self.agents = list(self.possible_agents)
         observed, _ = self.game.reset(seed=seed)
         return dict(zip(self.agents, observed)), {agent: {} for agent in self.agents}
 
     def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
         observed, rewards, over, _, _ = self.game.step([int(actions[agent]) for agent in self.agents])
-        self.t += 1
         players, none_left = self.agents, not self.game.field.any()
         self.agents = [] if over else self.agents
         return (

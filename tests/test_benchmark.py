@@ -2,10 +2,12 @@
 
 import importlib
 import itertools
+import json
 import math
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -100,25 +102,42 @@ def test_gains_are_paired_by_seed(benchmark_of):
 def test_statistics_over_tasks_by_counting(benchmark_of):
     """Scores, the interquartile mean and the probability of improvement against loops; the interval holds the value."""
     learning, scores = benchmark_of("learning"), [[0.0, 0.5, 1.0, 9.0], [0.5, 0.68, 0.6, -9.0]]
-    runs, dense = (
-        [{"random_return": "-10", "training_return": str(value)} for value in values] for values in ([-5, -1], [-2, 2])
-    )
-    assert learning.normalised(runs, dense) == pytest.approx([0.5, 0.9])
-    assert learning.iqm([torch.tensor(each).numpy() for each in scores]) == pytest.approx((0.5 + 0.5 + 0.6 + 0.68) / 4)
+    drawn = learning.normalised(np.array([[-5.0, -1.0], [0.0, 1.0]]), -10.0, np.array([[-2.0, 2.0], [-10.0, 30.0]]))
+    assert drawn.tolist() == [[0.5, 0.9], [0.5, 0.55]]
+    assert learning.iqm([np.array(each) for each in scores]) == pytest.approx((0.5 + 0.5 + 0.6 + 0.68) / 4)
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[0] for b in scores[1]]
     assert learning.better(*map(np.array, scores)) == pytest.approx(sum(pairs) / 16)
-    value, low, high = map(float, re.findall(r"[-\d.]+", learning.with_interval(lambda s: learning.iqm(s), scores)))
+    value, low, high = map(float, re.findall(r"[-\d.]+", learning.with_interval(lambda *s: learning.iqm(s), scores)))
     assert low <= value == 0.57 <= high and low < high
 
 
 def test_a_run_that_was_broken_off_is_continued(benchmark_of, tmp_path):
-    """The rows are those of the checkpoint's flags, which shows that it was not begun anew."""
-    train = benchmark_of("common").train
-    flags = [*TINY[PETTINGZOO].split(), "--checkpoint-every", "1"]
-    begun, _ = train(PETTINGZOO, flags, tmp_path / "run")
-    (tmp_path / "run" / "summary.json").unlink()
-    continued, summary = train(PETTINGZOO, [*flags, "--seed", "5"], tmp_path / "run", resume=True)
-    assert continued == begun and summary["eval/episodic_return"]
+    """With the seed it began with, by the same commit only; one that had ended is begun anew."""
+    common, run_dir = benchmark_of("common"), tmp_path / "run"
+    flags = f"{TINY[PETTINGZOO]} --total-timesteps 6000 --checkpoint-every 1".split()
+    begun = subprocess.Popen([sys.executable, str(ROOT / PETTINGZOO), "--run-dir", str(run_dir), *flags])
+    while not (run_dir / "checkpoint.pt").exists():
+        assert begun.poll() is None
+        time.sleep(0.02)
+    begun.kill()
+    begun.wait()
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(config | {"git_commit": "another"}))
+    assert not common.broken_off(run_dir)
+    (run_dir / "config.json").write_text(json.dumps(config))
+    if config["git_commit"] is not None:  # None where the code is no clone
+        assert common.broken_off(run_dir)
+        common.train(PETTINGZOO, [*flags, "--seed", "5"], run_dir, resume=True)
+        assert json.loads((run_dir / "config.json").read_text())["flags"]["seed"] == 1
+    assert not common.broken_off(run_dir) or config["git_commit"] is None
+    common.train(PETTINGZOO, [*flags, "--seed", "5"], run_dir, resume=True)
+    assert json.loads((run_dir / "config.json").read_text())["flags"]["seed"] == 5
+
+
+def test_two_programs_do_not_share_a_run(benchmark_of, tmp_path):
+    common = benchmark_of("common")
+    with common.locked(tmp_path / "run.lock"), pytest.raises(SystemExit, match="another program is at this run"):
+        common.train(PETTINGZOO, [], tmp_path / "run")
 
 
 def test_settings_are_never_averaged_in_silently(benchmark_of, tmp_path):
