@@ -3,7 +3,7 @@
     python benchmark/learning.py                                          # what is missing, then tables and figures
     python benchmark/learning.py --tasks "tag 3" --rows stas episodic     # only these
     python benchmark/learning.py --report                                 # only the tables and the figures
-    python benchmark/learning.py --smoke --results /tmp/smoke             # everything at a hundredth of its budget
+    python benchmark/learning.py --smoke --results /tmp/smoke             # all of it, in short
     python benchmark/learning.py --flags="--mc-samples 20" --results /tmp/mc20    # another setting
 
 Each run is a call of a script. When it ends its row is added to learning.csv and its curve to learning_curves.csv, so
@@ -82,7 +82,7 @@ class Args:
     keep: bool = False
     """keep the run folders, in runs/ below the results, for TensorBoard and evaluate.py"""
     smoke: bool = False
-    """a hundredth of the steps; give another folder of results"""
+    """a hundredth of the steps, and two seeds; give another folder of results"""
     flags: str = ""
     """more flags for every run"""
     results: Path = RESULTS
@@ -320,7 +320,7 @@ if __name__ == "__main__":
         sys.exit("error: --smoke: must come with a --results folder of its own")
     keys = ("task", "row", "flags", "threads", "seed")
     done = {tuple(row[key] for key in keys) for row in read(args.results / "learning.csv")}
-    seeds = {task: args.seeds or range(1, TASKS[task][2] + 1) for task in args.tasks}
+    seeds = {task: args.seeds or range(1, (2 if args.smoke else TASKS[task][2]) + 1) for task in args.tasks}
     wanted = [(task, row, seed) for task in args.tasks for seed in seeds[task] for row in args.rows]
     wanted = [job for job in dict.fromkeys(wanted) if fits(*job[:2])]
     wanted = [job for job in wanted if (*job[:2], flags_of(args, *job[:2]), str(args.threads), str(job[2])) not in done]
