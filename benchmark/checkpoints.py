@@ -4,6 +4,7 @@ python benchmark/checkpoints.py RUN_DIR checkpoints/spread_3_stas
 python evaluate.py checkpoints/spread_3_stas
 """
 
+import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -24,14 +25,15 @@ class Args:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    _, _, checkpoint = load_run(args.run_dir, "RUN_DIR")
+    _, config, checkpoint = load_run(args.run_dir, "RUN_DIR")
     if checkpoint is None:
         fail(f"RUN_DIR {args.run_dir}: must have a checkpoint.pt")
     try:
         args.folder.mkdir(parents=True)
     except OSError as error:
         fail(f"FOLDER {args.folder}: must be a new folder ({error.strerror})")
-    for name in ("config.json", "metrics.csv"):
-        shutil.copy(args.run_dir / name, args.folder)
+    shutil.copy(args.run_dir / "metrics.csv", args.folder)  # which evaluate.py draws
+    config["flags"] |= {"run_dir": None, "resume": None}
+    (args.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     kept = {"agent", "decomposer", *COUNTERS} & set(checkpoint)
     torch.save({name: checkpoint[name] for name in sorted(kept)}, args.folder / "checkpoint.pt")

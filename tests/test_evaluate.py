@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -101,3 +102,34 @@ def test_the_colours_of_credit_png_are_those_of_the_learned_credits(leftover, tm
 
     assert share(103, 0, 31) > 0.03 and share(5, 48, 97) > 0.03  # the two ends of the colour map
     assert (share(255, 127, 14) > 0.005) == (leftover is not None)
+
+
+def test_a_kept_checkpoint_is_small_and_plays(run_script, no_pictures, tmp_path):
+    """What benchmark/checkpoints.py keeps of a run earns what the run did; it cannot be trained further."""
+    assert run_script(f"{TINY[MPE]} --run-dir run", MPE)[0] == 0
+    program = [sys.executable, str(ROOT / "benchmark" / "checkpoints.py"), "run", "kept"]
+    subprocess.run(program, check=True, cwd=tmp_path)
+    assert sum(path.stat().st_size for path in (tmp_path / "kept").iterdir()) < 10**6
+    assert (tmp_path / "kept" / "config.json").read_text().count(str(tmp_path)) == 0
+    evaluate_run(tmp_path / "kept")
+    kept, run = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("kept", "run"))
+    assert kept == run
+    code, _, err = run_script("--resume kept --total-timesteps 9000", MPE)
+    assert code == 2 and len(err.splitlines()) == 1
+    for other in ("kept", "run", "run/config.json"):
+        result = subprocess.run([*program[:-1], other], capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 2 and "must be a new folder" in result.stderr
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "checkpoints").iterdir()), ids=lambda folder: folder.name)
+def test_the_trained_teams_play(folder, no_pictures, tmp_path):
+    """Better than at random, in a few episodes; nothing in their folders is of the machine they come from."""
+    assert sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".pt", ".csv", ".json")) < 10**6
+    if "foraging" in folder.name:
+        pytest.importorskip("lbforaging")
+    for name in ("config.json", "metrics.csv", "checkpoint.pt"):
+        shutil.copy(folder / name, tmp_path)
+    assert json.loads((folder / "config.json").read_text())["flags"]["run_dir"] is None
+    evaluate_run(tmp_path, episodes=4)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["eval/episodic_return"] > summary["random/episodic_return"]
