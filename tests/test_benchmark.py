@@ -48,6 +48,25 @@ def test_shapley_values_of_the_games_by_enumeration(benchmark_of, kind, num_agen
     assert torch.allclose(batch, values.expand(4, 2, -1))
 
 
+def test_what_pays_an_agent_that_goes_to_the_free_landmark(benchmark_of):
+    """Shapley values of the one moving agent by enumeration of all orders; all of dense is its own difference."""
+    aligned = benchmark_of("aligned")
+    places = torch.tensor([aligned.START, aligned.LANDMARKS[1], (0.1, -0.9)], dtype=torch.float64)
+    credits = aligned.credits_at(places)
+    for position, shapley in zip(places, credits["shapley"]):
+        bodies = [position.tolist(), aligned.LANDMARKS[0], aligned.LANDMARKS[2]]
+
+        def reward(coalition, bodies=bodies) -> float:
+            reach = [[math.dist(mark, bodies[i]) for i in coalition] for mark in aligned.LANDMARKS]
+            return -0.5 * sum(min(each, default=2 * math.sqrt(2)) for each in reach)  # nobody touches
+
+        orders = list(itertools.permutations(range(3)))
+        before = [order[: order.index(0)] for order in orders]
+        value = sum(reward((*some, 0)) - reward(some) for some in before) / len(orders)
+        assert shapley.item() == pytest.approx(value)
+    assert (credits["dense"] - credits["difference"]).std().item() == pytest.approx(0, abs=1e-9)
+
+
 def test_unknown_game(benchmark_of):
     with pytest.raises(ValueError, match="game"):
         benchmark_of("shapley_games").game("chess", torch.ones(3))

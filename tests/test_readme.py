@@ -74,6 +74,7 @@ def test_the_tables_of_learning_are_those_of_the_results(tmp_path):
 def test_benchmark_commands(command, tmp_path):
     small = {
         "benchmark/frontier.py": ["--tasks", "spread 3", "--changes", "default", "dense", f"--flags={TINY[MPE]}"],
+        "benchmark/aligned.py": ["--points", "21"],
         "benchmark/gridworld.py": ["--num-envs", "1", "8", "--turns", "1", "--min-seconds", "0.01"],
         "benchmark/learning.py": [
             *["--tasks", "spread 3", "simple_reference", "Alice & Bob", "--rows", "stas", "shapley", "--seeds", "1"],
