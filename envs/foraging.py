@@ -42,6 +42,8 @@ class Foraging(ParallelEnv):
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         self.agents = list(self.possible_agents)
+        for player in self.game.players:
+            player.position = None  # else nobody is placed where someone stood when the last episode ended
         observed, _ = self.game.reset(seed=seed)
         return dict(zip(self.agents, observed)), {agent: {} for agent in self.agents}
 

@@ -3,7 +3,9 @@
     env = make("mpe2.simple_reference_v3", num_envs=128, horizon=25, local_ratio=0.5)
 
 `UniformEnv` makes one copy uniform: all agents have observations and actions of the same size until the episode ends.
-`PettingZooEnv` keeps the protocol of envs/__init__.py over many of them, in this process or in several.
+`PettingZooEnv` keeps the protocol of envs/__init__.py over many of them, in this process or in several. Every episode
+has a seed of its own; runs can be repeated, and resumed to the digit, as far as reset(seed) of the environment owes
+nothing to earlier episodes.
 """
 
 import atexit

@@ -250,6 +250,11 @@ def test_foraging_pays_those_who_load_together():
     for _ in range(50):
         *_, terminated, truncated, _ = env.step(dict.fromkeys(env.agents, none))
     assert all(truncated.values()) and not any(terminated.values()) and env.agents == []
+    for seed in range(30):  # an episode owes nothing to the one before
+        fresh = foraging.parallel_env(size=5, food=1)
+        assert np.array_equal(fresh.reset(seed)[0][first], env.reset(seed)[0][first])
+        for _ in range(9):
+            env.step(dict.fromkeys(env.agents, 1 + seed % 4))
 
 
 @pytest.mark.parametrize("box", [False, True])
