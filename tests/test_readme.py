@@ -110,9 +110,10 @@ def test_no_other_commands():
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python evaluate.py")])
 def test_evaluation_commands(command, run_script, no_pictures, tmp_path):
     assert run_script(f"{TINY[MPE]} --run-dir RUN_DIR", MPE)[0] == 0
+    shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints")
     _, program, *flags = shlex.split(command)
-    full = [sys.executable, str(ROOT / program), *flags]
-    result = subprocess.run(full, capture_output=True, text=True, cwd=tmp_path)
+    flags += [] if "--episodes" in flags else ["--episodes", "10"]
+    result = subprocess.run([sys.executable, str(ROOT / program), *flags], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and "10 episodes" in result.stdout, result.stderr
 
 
