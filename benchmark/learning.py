@@ -24,7 +24,7 @@ import matplotlib.figure
 import numpy as np
 import tyro
 from common import RESULTS, append, check_flags, check_seeds, interval, late, read, run_all, train
-from scipy.stats import bootstrap, trim_mean
+from scipy.stats import bootstrap, trim_mean, ttest_1samp
 
 ALICEBOB, MPE, ANY = "stas_ippo_alicebob.py", "stas_ippo_mpe.py", "stas_ippo_pettingzoo.py"
 NEAREST_FIRST = '{"num_agent_neighbors":2,"num_landmark_neighbors":3}'
@@ -193,7 +193,8 @@ def table(rows: list[dict]) -> str:
         seeds = {row["seed"] for row in runs} & {row["seed"] for row in dense}
         some = ([row for row in each if row["seed"] in seeds] for each in (runs, dense))
         part, whole = (paired(each, episodic, "training_return") for each in some)
-        way = f"{np.mean(part) / np.mean(whole):.0%}" if part and whole else "-"
+        shown = len(whole) == 1 or len(whole) > 1 and ttest_1samp(whole, 0).pvalue < 0.05  # else there is no way to go
+        way = f"{np.mean(part) / np.mean(whole):.0%}" if part and shown else "-"
         cells += ["", "", ""] if runs[0]["row"] == "episodic" else [*map(interval, gains), way]
         low, high = values(dense, "random_return"), values(dense, "training_return")
         scores = normalised(np.array(values(runs, "training_return")), np.mean(low), high) if dense else []

@@ -35,9 +35,9 @@ class Args:
     """processes that play them"""
     turns: int = 3
     """times each is measured"""
-    min_seconds: float = 4.0
+    min_seconds: float = 2.0
     """length of one measurement"""
-    total_timesteps: int = 200_000
+    total_timesteps: int = 100_000
     """steps of each training run"""
     seed: int = 11
     """its seed"""
