@@ -133,7 +133,7 @@ def test_statistics_over_tasks_by_counting(benchmark_of):
 def test_a_run_that_was_broken_off_is_continued(benchmark_of, tmp_path):
     """With the seed it began with, by the same commit only; one that had ended is begun anew."""
     common, run_dir = benchmark_of("common"), tmp_path / "run"
-    flags = f"{TINY[PETTINGZOO]} --total-timesteps 6000 --checkpoint-every 1".split()
+    flags = f"{TINY[PETTINGZOO]} --total-timesteps 2000 --checkpoint-every 1".split()
     begun = subprocess.Popen([sys.executable, str(ROOT / PETTINGZOO), "--run-dir", str(run_dir), *flags])
     while not (run_dir / "checkpoint.pt").exists():
         assert begun.poll() is None
