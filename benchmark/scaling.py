@@ -8,6 +8,7 @@ Three measurements: steps per second of 1, 4 and 16 copies of a slow environment
 iteration. From these follows, as a calculation, the efficiency to expect of many processes.
 """
 
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -76,14 +77,19 @@ def measure_workers(args: Args, copies: int) -> list[dict]:
     ]
 
 
+def bytes_sent() -> float:
+    """By all processes of this machine to each other since it started; nan where no counter tells."""
+    return float(LOOPBACK.read_text()) if LOOPBACK.exists() else math.nan
+
+
 def measure_training(args: Args, processes: int, num_envs: int) -> dict:
     """One run with `num_envs` episodes in each process: steps per second after the first two iterations, if there are
     more, and median times of all."""
     run_dir = args.results / "runs" / f"scaling-{processes}-{num_envs}"
     flags = f"--seed {args.seed} --num-envs {num_envs} --total-timesteps {args.total_timesteps}".split()
-    sent = LOOPBACK.read_text() if LOOPBACK.exists() else "nan"
+    before = bytes_sent()
     metrics, _ = train(script.__file__, flags, run_dir, processes=processes)
-    sent = float(LOOPBACK.read_text() if LOOPBACK.exists() else "nan") - float(sent)
+    sent = bytes_sent() - before
     first, last = metrics[1] if len(metrics) > 2 else {"wall_time": 0, "global_step": 0}, metrics[-1]
     seconds, steps = (float(last[name]) - float(first[name]) for name in ("wall_time", "global_step"))
     times = {
@@ -102,6 +108,7 @@ def measure_training(args: Args, processes: int, num_envs: int) -> dict:
     } | times
 
 
+@functools.cache
 def traffic() -> tuple[int, int]:
     """How often the processes sum something in an iteration of simple_reference, and the bytes of it all."""
     args = script.Args()
@@ -145,7 +152,12 @@ def report(args: Args) -> None:
     sums, size = traffic()
     print(f"\nAn iteration sums {sums} times over the processes, {size / 1e6:.1f} MB in all.", end=" ")
     seen = [float(row["megabytes_sent"]) / float(row["iterations"]) for row in runs if row["processes"] == "2"]
-    print(f"Sent by both of two processes, as the machine counts: {', '.join(f'{each:.1f}' for each in seen)} MB.\n")
+    if seen:
+        print(
+            f"Sent by both of two processes, as the machine counts: {', '.join(f'{each:.1f}' for each in seen)} MB.",
+            end="",
+        )
+    print("\n")
     if not runs:
         return
     seconds = sum(float(runs[0][f"{name}_seconds"]) for name in ("rollout", "decomposer", "ppo"))
