@@ -310,6 +310,9 @@ def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> 
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("team return in training")
+    figure.suptitle(
+        "Learning by kind of credit: mean over seeds, band from the lowest to the highest seed", fontsize=11
+    )
     figure.legend([shown[name] for name in order], order, loc="outside lower center", ncols=min(6, len(order)))
     figure.savefig(path, dpi=110)
 
