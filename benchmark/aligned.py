@@ -72,7 +72,8 @@ if __name__ == "__main__":
         panel.plot(*START, "o", color="tab:red", markersize=15)
         panel.annotate("A", START, color="white", ha="center", va="center")
         panel.set(title=TITLES[name], xticks=[], yticks=[])
-    figure.supxlabel("A's credit by where it stands. Squares: landmarks, of which B and C cover theirs", fontsize=11)
+    text = "A's credit by where it stands: bright is more, arrows lead uphill. Squares: landmarks; B and C cover theirs"
+    figure.supxlabel(text, fontsize=11)
     figure.savefig(args.results / "aligned.png", dpi=100)
     for name, (now, then) in credits_at(torch.tensor([START, LANDMARKS[1]], dtype=torch.float64)).items():
         print(f"{name}: {now:.2f} where A stands, {then:.2f} on the free landmark")
