@@ -23,7 +23,7 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 import tyro
-from common import RESULTS, append, check_flags, check_seeds, interval, late, read, run_all, train
+from common import RESULTS, append, check_flags, check_seeds, interval, late, missing, read, run_all, train
 from scipy.stats import bootstrap, trim_mean, ttest_1samp
 
 ALICEBOB, MPE, ANY = "stas_ippo_alicebob.py", "stas_ippo_mpe.py", "stas_ippo_pettingzoo.py"
@@ -322,12 +322,11 @@ if __name__ == "__main__":
     (check_seeds if args.seeds else check_flags)(args)
     if args.smoke and args.results.resolve().is_relative_to(RESULTS):
         sys.exit("error: --smoke: must come with a --results folder of its own")
-    keys = ("task", "row", "flags", "threads", "seed")
-    done = {tuple(row[key] for key in keys) for row in read(args.results / "learning.csv")}
     seeds = {task: args.seeds or range(1, (2 if args.smoke else TASKS[task][2]) + 1) for task in args.tasks}
-    wanted = [(task, row, seed) for task in args.tasks for seed in seeds[task] for row in args.rows]
-    wanted = [job for job in dict.fromkeys(wanted) if fits(*job[:2])]
-    wanted = [job for job in wanted if (*job[:2], flags_of(args, *job[:2]), str(args.threads), str(job[2])) not in done]
+    jobs = [(task, row, seed) for task in args.tasks for seed in seeds[task] for row in args.rows if fits(task, row)]
+    keys = ("task", "row", "seed", "flags", "threads")
+    jobs = [(*job, flags_of(args, *job[:2]), args.threads) for job in jobs]
+    wanted = [job[:3] for job in missing(args.results / "learning.csv", keys, jobs)]
     if not args.report:
         run_all(partial(run, args), wanted, args.workers)
     rows, curves = (read(args.results / f"{name}.csv") for name in ("learning", "learning_curves"))
