@@ -81,3 +81,9 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr("envs.pettingzoo.UniformEnv.render", lambda env: dot)
     savefig = "matplotlib.figure.Figure.savefig"
     monkeypatch.setattr(savefig, lambda figure, path, **options: Image.fromarray(dot).save(path, format="png"))
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    """Runs end with their training, to save the other half of their time where nobody looks at what comes after it."""
+    monkeypatch.setattr("evaluate.evaluate_run", lambda run_dir: "")
