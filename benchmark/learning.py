@@ -279,8 +279,46 @@ def summary_table(rows: list[dict], tasks: list[str]) -> str:
     return "\n".join(lines)
 
 
+def score_table(rows: list[dict]) -> str:
+    """The scores of every task, with the number of seeds, of the credits that have some; of `dense` they are 1."""
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    scores: dict[str, dict[str, str]] = {name: {} for name in ROWS if name != "dense"}
+    for task in tasks:
+        found = groups([row for row in rows if row["task"] == task])
+        dense = found.get("dense", [])
+        for name in scores:
+            own = values(found.get(name, []), "training_return")
+            if own and dense:
+                low = np.mean(values(dense, "random_return"))
+                score = normalised(np.array(own), low, values(dense, "training_return"))
+                scores[name][task] = f"{interval(list(score))} ({len(score)})"
+    names = [name for name in scores if scores[name]]
+    lines = [f"| task | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [
+        f"| {task} | {' | '.join(scores[name].get(task, '') for name in names)} |"
+        for task in tasks
+        if any(task in scores[name] for name in names)
+    ]
+    return "\n".join(lines)
+
+
+def curves_of(some: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (100,) and the returns (seeds, 100) of a row's runs at these."""
+    runs = [[row for row in some if row["seed"] == seed] for seed in sorted({row["seed"] for row in some})]
+    points = [sorted({float(row["step"]): float(row["return"]) for row in run}.items()) for run in runs]
+    steps = np.linspace(max(p[0][0] for p in points), min(p[-1][0] for p in points), 100)
+    return steps, np.array([np.interp(steps, *zip(*p)) for p in points])
+
+
+def draw_band(axis, x: np.ndarray, lines: np.ndarray, color):
+    """The mean of lines (K, len(x)), and a band from the lowest to the highest."""
+    axis.fill_between(x, lines.min(axis=0), lines.max(axis=0), color=color, alpha=0.15, linewidth=0)
+    (line,) = axis.plot(x, lines.mean(axis=0), color=color)
+    return line
+
+
 def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> None:
-    """Team return in training against steps, below against seconds: mean over seeds, band from lowest to highest."""
+    """Team return in training against steps, below against seconds."""
     tasks = [task for task in tasks if any(row["task"] == task for row in curves)]
     if not tasks:
         return
@@ -295,15 +333,10 @@ def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> 
         for name, some in groups([row for row in curves if row["task"] == task]).items():
             if name not in results:
                 continue  # broken off between the two files
-            runs = [[row for row in some if row["seed"] == seed] for seed in sorted({row["seed"] for row in some})]
-            points = [sorted({float(row["step"]): float(row["return"]) for row in run}.items()) for run in runs]
-            grid = np.linspace(max(p[0][0] for p in points), min(p[-1][0] for p in points), 100)
-            lines = np.array([np.interp(grid, *zip(*p)) for p in points])
+            steps, lines = curves_of(some)
             pace = np.mean([float(row["seconds"]) / float(row["steps"]) for row in results[name]])
-            for axis, x in zip(axes[:, column], (grid / 1000, grid * pace)):
-                (shown[name],) = axis.plot(x, lines.mean(axis=0), color=colors[name])
-                band = {"color": colors[name], "alpha": 0.15, "linewidth": 0}
-                axis.fill_between(x, lines.min(axis=0), lines.max(axis=0), **band)
+            for axis, x in zip(axes[:, column], (steps / 1000, steps * pace)):
+                shown[name] = draw_band(axis, x, lines, colors[name])
         axes[0, column].set(xlabel="environment steps (thousands)", title=task)
         axes[1, column].set(xlabel="seconds")
     for axis in axes.flat:
@@ -314,6 +347,36 @@ def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> 
         "Learning by kind of credit: mean over seeds, band from the lowest to the highest seed", fontsize=11
     )
     figure.legend([shown[name] for name in order], order, loc="outside lower center", ncols=min(6, len(order)))
+    figure.savefig(path, dpi=110)
+
+
+def draw_overview(curves: list[dict], path: Path) -> None:
+    """Small panels, one for each task of the grid: STAS between the delayed and the true reward."""
+    labels = {
+        "stas": "STAS, from the return at the end",
+        "episodic": "plain PPO on the same return",
+        "dense": "PPO on the true reward of every step",
+    }
+    found = {task: groups([row for row in curves if row["task"] == task]) for task in GRID}
+    found = {task: some for task, some in found.items() if set(labels) <= set(some)}
+    if not found:
+        return
+    columns = min(4, len(found))
+    figure = matplotlib.figure.Figure(figsize=(2.6 * columns, 2.3 * -(-len(found) // columns) + 0.5))
+    figure.set_layout_engine("constrained")
+    axes = list(figure.subplots(-(-len(found) // columns), columns, squeeze=False).flat)
+    for axis, (task, some) in zip(axes, found.items()):
+        for name, color in zip(labels, ("tab:blue", "tab:orange", "tab:gray")):
+            steps, lines = curves_of(some[name])
+            shown = draw_band(axis, steps / 1000, lines, color)
+            shown.set_label(labels[name])
+        axis.set_title(task, fontsize=11)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(found) :]:
+        axis.axis("off")
+    figure.supxlabel("thousand steps", fontsize=10)
+    figure.supylabel("team return", fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -337,6 +400,8 @@ if __name__ == "__main__":
         if TASKS[task][0] == ALICEBOB:
             print(f"\n{treasure_table(some)}")
     if rows:
+        print(f"\nScores:\n\n{score_table(rows)}")
         print(f"\nOver all tasks of the grid:\n\n{summary_table(rows, GRID)}")
+        draw_overview(curves, args.results / "overview.png")
         draw(rows, curves, GRID, args.results / "learning.png")
         draw(rows, curves, list(TASKS)[len(GRID) :], args.results / "learning_pettingzoo.png")

@@ -130,6 +130,29 @@ def test_statistics_over_tasks_by_counting(benchmark_of):
     assert low <= value == 0.57 <= high and low < high
 
 
+def test_the_table_of_scores_by_hand(benchmark_of):
+    """Random teams earn -2 and -4, `dense` 5 and 9: a score is (return + 3) / 10. Other flags stay out."""
+    kinds = {
+        ("dense", ""): (5, 9),
+        ("episodic", ""): (2, 2),
+        ("stas", ""): (6, 8, 7),
+        ("stas", "--mc-samples 20"): (0,),
+    }
+    rows = [
+        {"task": "spread 6", "row": row, "seed": str(seed), "threads": "1", "training_return": str(value)}
+        | {"random_return": str(-2 - 2 * seed)}
+        | {
+            "flags": " ".join(
+                f"{benchmark_of('learning').TASKS['spread 6'][1]} {benchmark_of('learning').ROWS[row]} {more}".split()
+            )
+        }
+        for (row, more), some in kinds.items()
+        for seed, value in enumerate(some)
+    ]
+    *_, line = benchmark_of("learning").score_table(rows).splitlines()
+    assert line == "| spread 6 | 1.00 ± 0.25 (3) | 0.50 ± 0.00 (2) |"
+
+
 def test_a_run_that_was_broken_off_is_continued(benchmark_of, tmp_path):
     """With the seed it began with, by the same commit only; one that had ended is begun anew."""
     common, run_dir = benchmark_of("common"), tmp_path / "run"
