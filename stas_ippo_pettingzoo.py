@@ -469,7 +469,10 @@ def make_networks(args: Args, env) -> tuple[nn.Module, nn.Module | None]:
         raise ValueError("coalition exact: must be bernoulli, permutation or all with more than 8 agents")
     agent = (ContinuousActorCritic if env.continuous else ActorCritic)(args, env)
     agent.actor.append(Mask(env.action_mask.repeat(1, 1 + env.continuous)))
-    return agent, Decomposer(args, env) if args.credit in ("stas", "temporal") else None
+    decomposer = Decomposer(args, env) if args.credit in ("stas", "temporal") else None
+    if decomposer is not None and env.continuous:  # what is drawn for dimensions that an agent does not have is noise
+        decomposer.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1] * env.action_mask, inputs[2]))
+    return agent, decomposer
 
 
 @torch.no_grad()

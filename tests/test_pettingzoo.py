@@ -278,6 +278,17 @@ def test_the_policy_leaves_out_what_an_agent_does_not_have(box):
     assert all(weights.grad.isfinite().all() for weights in agent.actor.parameters())
 
 
+def test_credits_do_not_depend_on_actions_that_an_agent_does_not_have():
+    env = make(HERE, num_envs=2, horizon=6, box=True)
+    _, decomposer = script_module.make_networks(script_module.Args(emb_dim=8, coalition="all"), env)
+    torch.nn.init.ones_(decomposer.head.weight)
+    obs, act, valid = torch.rand(2, 6, 3, env.obs_dim), torch.rand(2, 6, 3, 2), torch.ones(2, 6, dtype=torch.bool)
+    credits = decomposer(obs, act, valid)
+    for missing in (True, False):
+        other = torch.where(env.action_mask ^ missing, 1 - act, act)
+        assert torch.equal(decomposer(obs, other, valid), credits) == missing
+
+
 BAD = {
     "--env-id nowhere": "must be a module that can be imported",
     "--env-id json": "must be a module with a function parallel_env",
