@@ -16,7 +16,7 @@ import learning
 import matplotlib.figure
 import numpy as np
 import tyro
-from common import RESULTS, check_seeds, read, run_all
+from common import RESULTS, check_seeds, missing, read, run_all
 
 CHANGES = {  # name: row of learning.py, flags
     "default": ("stas", ""),
@@ -95,11 +95,14 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     check_seeds(args)
     file = args.results / "learning.csv"
-    done = {
-        tuple(row[name] for name in ("task", "row", "flags", "seed")) for row in read(file) if row["threads"] == "1"
+    wanted = {
+        (*key_of(args, task, change), 1, seed): (task, change, seed)
+        for seed in args.seeds
+        for task in args.tasks
+        for change in args.changes
     }
-    jobs = [(task, change, seed) for seed in args.seeds for task in args.tasks for change in args.changes]
-    jobs = [job for job in jobs if (*key_of(args, *job[:2]), str(job[2])) not in done]
+    keys = ("task", "row", "flags", "threads", "seed")
+    jobs = [wanted[key] for key in missing(file, keys, list(wanted))]
     if not args.report:
         run_all(partial(run, args), jobs, args.workers)
     rows = read(file)
