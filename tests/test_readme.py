@@ -1,12 +1,15 @@
 """Every command of the README and of the benchmarks' is run, the long ones with only their budget reduced."""
 
+import importlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
+import tyro
 from conftest import MPE, ROOT, TINY
 
 README, BENCHMARKS = ((ROOT / name).read_text() for name in ("README.md", "benchmark/README.md"))
@@ -70,7 +73,41 @@ def test_the_tables_of_learning_are_those_of_the_results(tmp_path):
         assert any(all(figures <= there.get(credit, set()) for credit, figures in own) for there in known), task
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python benchmark/")])
+PARTS_OF_THE_GRID = [command for command in COMMANDS if command.startswith("python benchmark/learning.py --tasks")]
+
+
+@pytest.mark.parametrize("command", PARTS_OF_THE_GRID)
+def test_commands_for_parts_of_the_grid(command, monkeypatch, capsys, tmp_path):
+    """They begin the runs that they name, with flags that the scripts take, and print their tables. What stands in for
+    the runs here is made up; test_benchmark_commands trains some of the grid."""
+    begun = []
+
+    def train(script, flags, run_dir, *rest, **options):
+        module = importlib.import_module(script.removesuffix(".py"))
+        begun.append(args := tyro.cli(module.Args, args=flags))
+        run_dir.mkdir(parents=True)
+        row = dict.fromkeys(module.METRICS, str(args.seed + 10 * len(args.credit)))
+        summary = {
+            f"{who}/{name}": 1.0 for who in ("eval", "random") for name in ("episodic_return", "episodic_length")
+        }
+        summary |= {"eval/treasure_rate": 1.0, "global_step": 9, "wall_time": 0.5}
+        return [row | {"global_step": "5"}, row | {"global_step": "9"}], summary
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    monkeypatch.setattr("common.train", train)
+    _, program, *flags = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [program, *flags, "--results", str(tmp_path)])
+    learning = runpy.run_path(str(ROOT / program), run_name="__main__")
+    args, printed = learning["args"], capsys.readouterr().out
+    seeds = sum(len(args.seeds) or learning["TASKS"][task][2] for task in args.tasks)
+    assert len(begun) == seeds * len(args.rows)
+    assert all(f"\n| {row} " in printed for row in args.rows)
+    assert len({args.seed for args in begun}) == len(args.seeds) or not args.seeds
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python benchmark/") and c not in PARTS_OF_THE_GRID]
+)
 def test_benchmark_commands(command, tmp_path):
     small = {
         "benchmark/frontier.py": ["--tasks", "spread 3", "--changes", "default", "dense", f"--flags={TINY[MPE]}"],
@@ -94,8 +131,6 @@ def test_benchmark_commands(command, tmp_path):
         "benchmark/shapley_games.py": "--seeds 1 --num-agents 2 --updates 3".split(),
     }
     _, program, *flags = shlex.split(command)
-    if program == "benchmark/learning.py" and "--tasks" in flags:
-        small[program] = ["--tasks", "spread 3", "--rows", "stas", "--seeds", "1", f"--flags={TINY[MPE]}"]
     full = [sys.executable, str(ROOT / program), *flags, *small[program], "--results", str(tmp_path)]
     result = subprocess.run(full, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
