@@ -27,7 +27,6 @@ import signal
 if __name__ == "__main__":  # until the training loop begins, Ctrl-C ends at once and quietly
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import json
 import math
 import os
 import sys
@@ -127,26 +126,16 @@ class Args:
 METRICS = run_folder.METRICS  # the columns of metrics.csv
 
 
-def env_settings(args: Args) -> dict:
-    try:
-        options = json.loads(args.env_kwargs)
-    except json.JSONDecodeError:
-        options = None
-    if not isinstance(options, dict):
-        raise ValueError(f"env_kwargs {args.env_kwargs}: must be a JSON object")
-    return {"env_id": args.env_id, "horizon": args.horizon, "env_kwargs": options}
-
-
 def make_env(args: Args, num_envs: int, device: str | torch.device = "cpu"):
     """The environments to learn in."""
-    return pettingzoo.PettingZooEnv(
-        **env_settings(args), num_envs=num_envs, device=device, num_workers=args.env_workers
-    )
+    options = pettingzoo.parse_options(args.env_kwargs)
+    return pettingzoo.PettingZooEnv(args.env_id, num_envs, args.horizon, options, device, args.env_workers)
 
 
 def make_parallel_env(args: Args, render_mode: str | None = None):
     """The environment to be evaluated on."""
-    return pettingzoo.make_parallel_env(render_mode=render_mode, **env_settings(args))
+    options = pettingzoo.parse_options(args.env_kwargs)
+    return pettingzoo.make_parallel_env(args.env_id, args.horizon, options, render_mode)
 
 
 def sample_coalitions(
@@ -451,26 +440,17 @@ class ContinuousActorCritic(ActorCritic):
         return policy.sample().clamp(1e-4, 1 - 1e-4)  # where log-probabilities are finite
 
 
-class Mask(nn.Module):
-    """Takes from the actor's outputs (..., N, K) what an agent does not have: an action's logit becomes -inf, the
-    distribution of a dimension Beta(1, 1), which adds nothing to log-probabilities and entropies."""
-
-    def __init__(self, mask: torch.Tensor):
-        super().__init__()
-        self.register_buffer("mask", mask, persistent=False)  # (N, K) bool
-
-    def forward(self, outputs: torch.Tensor) -> torch.Tensor:
-        return outputs.masked_fill(~self.mask, -torch.inf)
-
-
 def make_networks(args: Args, env) -> tuple[nn.Module, nn.Module | None]:
     """The agents' networks, and the decomposer where the credit is learned; ValueError if a flag does not fit."""
     if args.credit == "stas" and args.coalition == "exact" and env.num_agents > 8:
         raise ValueError("coalition exact: must be bernoulli, permutation or all with more than 8 agents")
     agent = (ContinuousActorCritic if env.continuous else ActorCritic)(args, env)
-    agent.actor.append(Mask(env.action_mask.repeat(1, 1 + env.continuous)))
     decomposer = Decomposer(args, env) if args.credit in ("stas", "temporal") else None
-    if decomposer is not None and env.continuous:  # what is drawn for dimensions that an agent does not have is noise
+    # What an agent does not have: an action gets the logit -inf; a dimension the distribution Beta(1, 1), which adds
+    # nothing to log-probabilities and entropies, and the decomposer sees 0 there instead of what was drawn.
+    lacks = ~env.action_mask.repeat(1, 1 + env.continuous)  # (N, K), K the actor's outputs
+    agent.actor.register_forward_hook(lambda _, inputs, outputs: outputs.masked_fill(lacks, -torch.inf))
+    if decomposer is not None and env.continuous:
         decomposer.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1] * env.action_mask, inputs[2]))
     return agent, decomposer
 

@@ -11,6 +11,7 @@ nothing to earlier episodes.
 import atexit
 import contextlib
 import importlib
+import json
 import multiprocessing
 import signal
 
@@ -37,6 +38,14 @@ def load(env_id: str, env_kwargs: dict, **more) -> ParallelEnv:
     if not isinstance(env, ParallelEnv):
         raise ValueError(f"env_id {env_id}: must make a ParallelEnv, not a {type(env).__name__}")
     return env
+
+
+def parse_options(text: str) -> dict:
+    """The options of parallel_env in a JSON object; ValueError "env_kwargs ...: must be ..." if it is none."""
+    with contextlib.suppress(json.JSONDecodeError):
+        if isinstance(options := json.loads(text), dict):
+            return options
+    raise ValueError(f"env_kwargs {text}: must be a JSON object")
 
 
 def one_line(error: BaseException) -> str:
