@@ -109,7 +109,7 @@ class Args:
     attention_window: int = 0  # steps each layer of temporal attention looks back on, the present one included (0: all)
     decomposer_lr: float = 1e-3  # learning rate of the decomposer (Adam)
     decomposer_batch_size: int = 32  # episodes per decomposer update
-    decomposer_updates: int = 32  # decomposer updates per iteration
+    decomposer_updates: int = 16  # decomposer updates per iteration
     buffer_size: int = 16_384  # episodes the replay buffer holds
     learning_starts: int = 0  # episodes collected before the policy learns from those of an iteration
     reward_scale: float = 100.0  # divides the decomposer's targets and PPO's rewards; all logs are in raw units
