@@ -361,15 +361,14 @@ def draw_overview(curves: list[dict], path: Path) -> None:
     found = {task: some for task, some in found.items() if set(labels) <= set(some)}
     if not found:
         return
-    columns = min(4, len(found))
-    figure = matplotlib.figure.Figure(figsize=(2.6 * columns, 2.3 * -(-len(found) // columns) + 0.5))
-    figure.set_layout_engine("constrained")
-    axes = list(figure.subplots(-(-len(found) // columns), columns, squeeze=False).flat)
+    lines = 1 + (len(found) > 3)
+    columns = -(-len(found) // lines)
+    figure = matplotlib.figure.Figure(figsize=(max(9, 2.6 * columns), 2.3 * lines + 0.5), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis, (task, some) in zip(axes, found.items()):
         for name, color in zip(labels, ("tab:blue", "tab:orange", "tab:gray")):
-            steps, lines = curves_of(some[name])
-            shown = draw_band(axis, steps / 1000, lines, color)
-            shown.set_label(labels[name])
+            steps, returns = curves_of(some[name])
+            draw_band(axis, steps / 1000, returns, color).set_label(labels[name])
         axis.set_title(task, fontsize=11)
         axis.grid(alpha=0.3)
     for axis in axes[len(found) :]:
