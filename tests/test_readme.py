@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import tyro
@@ -70,11 +71,12 @@ PARTS_OF_THE_GRID = [c for c in COMMANDS if c.startswith("python benchmark/learn
 def test_commands_for_parts_of_the_grid(command, monkeypatch, capsys, tmp_path):
     """They begin the runs that they name, with flags that the scripts take, and print their tables. What stands in for
     the runs here is made up; test_benchmark_commands trains some of the grid."""
-    begun = []
+    begun, lock = [], threading.Lock()
 
     def train(script, flags, run_dir, *rest, **options):
         module = importlib.import_module(script.removesuffix(".py"))
-        begun.append(args := tyro.cli(module.Args, args=flags))
+        with lock:  # tyro is not made for threads
+            begun.append(args := tyro.cli(module.Args, args=flags))
         run_dir.mkdir(parents=True)
         row = dict.fromkeys(module.METRICS, str(args.seed + 10 * len(args.credit)))
         summary = {

@@ -750,7 +750,7 @@ def test_help_documents_every_flag(script):
 @pytest.mark.parametrize("script", [ALICEBOB], indirect=True)
 def test_a_short_run_learns_to_stop_bumping(script, run_script, no_evaluation, tmp_path):
     """Bumps are learnt first: random agents lose 2.6 a game with a standard error below 0.1."""
-    flags = "--num-envs 64 --total-timesteps 40000"
+    flags = "--num-envs 64 --total-timesteps 60000"
     assert run_script(f"{flags} --run-dir run")[0] == 0
     rows = read_metrics(tmp_path / "run")
     first, last = (
