@@ -177,6 +177,12 @@ def normalised(returns: np.ndarray, low: float, dense: np.ndarray) -> np.ndarray
     return (returns - low) / (np.mean(dense, axis=-1, keepdims=True) - low)
 
 
+def scores_of(runs: list[dict], dense: list[dict]) -> list[float]:
+    """The scores of runs by the last training return, as `normalised` by those of `dense` on the same task."""
+    own, high = (values(each, "training_return") for each in (runs, dense))
+    return list(normalised(np.array(own), np.mean(values(dense, "random_return")), high)) if own and high else []
+
+
 def table(rows: list[dict]) -> str:
     """The table of one task."""
     head = "credit | seeds | return on PettingZoo | last training return | more than `episodic`"
@@ -196,9 +202,7 @@ def table(rows: list[dict]) -> str:
         shown = len(whole) == 1 or len(whole) > 1 and ttest_1samp(whole, 0).pvalue < 0.05  # else there is no way to go
         way = f"{np.mean(part) / np.mean(whole):.0%}" if part and shown else "-"
         cells += ["", "", ""] if runs[0]["row"] == "episodic" else [*map(interval, gains), way]
-        low, high = values(dense, "random_return"), values(dense, "training_return")
-        scores = normalised(np.array(values(runs, "training_return")), np.mean(low), high) if dense else []
-        cells.append(interval(list(scores)))
+        cells.append(interval(scores_of(runs, dense)))
         for column in ("explained_variance", "reward_correlation", "shapley_correlation"):
             cells.append(interval(values(runs, column)) if values(runs, column) else "")
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {np.mean(values(runs, 'seconds')):.0f} |")
@@ -281,23 +285,15 @@ def summary_table(rows: list[dict], tasks: list[str]) -> str:
 
 def score_table(rows: list[dict]) -> str:
     """The scores of every task, with the number of seeds, of the credits that have some; of `dense` they are 1."""
-    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
-    scores: dict[str, dict[str, str]] = {name: {} for name in ROWS if name != "dense"}
-    for task in tasks:
+    cells: dict[str, dict[str, str]] = {}  # of every task, by the row of ROWS
+    for task in TASKS:
         found = groups([row for row in rows if row["task"] == task])
-        dense = found.get("dense", [])
-        for name in scores:
-            own = values(found.get(name, []), "training_return")
-            if own and dense:
-                low = np.mean(values(dense, "random_return"))
-                score = normalised(np.array(own), low, values(dense, "training_return"))
-                scores[name][task] = f"{interval(list(score))} ({len(score)})"
-    names = [name for name in scores if scores[name]]
+        scores = {name: scores_of(found.get(name, []), found.get("dense", [])) for name in ROWS if name != "dense"}
+        cells[task] = {name: f"{interval(some)} ({len(some)})" for name, some in scores.items() if some}
+    names = [name for name in ROWS if any(name in some for some in cells.values())]
     lines = [f"| task | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [
-        f"| {task} | {' | '.join(scores[name].get(task, '') for name in names)} |"
-        for task in tasks
-        if any(task in scores[name] for name in names)
+        f"| {task} | {' | '.join(some.get(name, '') for name in names)} |" for task, some in cells.items() if some
     ]
     return "\n".join(lines)
 

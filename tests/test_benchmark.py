@@ -90,14 +90,13 @@ def test_independent_coalitions_have_no_pairs(benchmark_of):
     assert masks.shape == (2, 500, 4, 4) and both.double().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
-def test_traffic_is_what_an_iteration_sums(benchmark_of, run_script, monkeypatch):
+def test_traffic_is_what_an_iteration_sums(benchmark_of, run_script, no_evaluation, monkeypatch):
     """Two iterations that believe to be one of two processes, whose sums are counted instead of made."""
     sizes = []
     monkeypatch.setattr("distributed.WORLD_SIZE", 2)
     monkeypatch.setattr("distributed.dist.all_reduce", lambda values: sizes.append(values.nbytes))
     monkeypatch.setattr("distributed.dist.gather_object", lambda part, states: states.__setitem__(0, part))
     monkeypatch.setattr("distributed.connect", lambda device: device)
-    monkeypatch.setattr("evaluate.evaluate_run", lambda run_dir: "")
     flags = "--total-timesteps 500 --num-envs 16 --reward-scale 1 --run-dir run"
     assert run_script(flags, "stas_ippo_pettingzoo.py")[0] == 0
     sums, size = benchmark_of("scaling").traffic()
