@@ -35,7 +35,7 @@ TASKS = {  # name: script, flags, seeds
     "spread 3": (MPE, "", 8),
     "tag 3": (MPE, "--scenario tag", 8),
     "spread 6": (MPE, "--num-agents 6 --total-timesteps 345000", 5),
-    "tag 6": (MPE, "--scenario tag --num-agents 6 --total-timesteps 345000", 5),
+    "tag 6": (MPE, "--scenario tag --num-agents 6", 5),
     "push 3": (MPE, "--scenario push --num-envs 64 --gamma 0.98 --gae-lambda 0.95 --total-timesteps 1500000", 5),
     "spread 3, 100 steps": (MPE, "--max-cycles 100 --num-envs 32", 5),
     "spread 15": (MPE, "--num-agents 15 --total-timesteps 345000", 3),
