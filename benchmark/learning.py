@@ -314,29 +314,36 @@ def draw_band(axis, x: np.ndarray, lines: np.ndarray, color):
 
 
 def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> None:
-    """Team return in training against steps, below against seconds."""
+    """Team return in training against steps, below against seconds; up to four tasks side by side."""
     tasks = [task for task in tasks if any(row["task"] == task for row in curves)]
     if not tasks:
         return
     names = {name for task in tasks for name in groups([row for row in curves if row["task"] == task])}
     order = [name for name in ROWS if name in names] + sorted(names - set(ROWS))
     colors = {name: matplotlib.colormaps["tab20"](2 * i % 20 + i // 10) for i, name in enumerate(order)}
-    figure = matplotlib.figure.Figure(figsize=(4.2 * len(tasks), 6), layout="constrained")
-    axes = figure.subplots(2, len(tasks), squeeze=False, sharey="col")
+    bands = -(-len(tasks) // 4)  # two rows of panels each
+    columns = -(-len(tasks) // bands)
+    figure = matplotlib.figure.Figure(figsize=(4.2 * columns, 6 * bands), layout="constrained")
+    axes = figure.subplots(2 * bands, columns, squeeze=False)
     shown = {}
-    for column, task in enumerate(tasks):
+    for i, task in enumerate(tasks):
+        upper, lower = axes[2 * (i // columns) :, i % columns][:2]
+        lower.sharey(upper)
         results = groups([row for row in rows if row["task"] == task])
         for name, some in groups([row for row in curves if row["task"] == task]).items():
             if name not in results:
                 continue  # broken off between the two files
             steps, lines = curves_of(some)
             pace = np.mean([float(row["seconds"]) / float(row["steps"]) for row in results[name]])
-            for axis, x in zip(axes[:, column], (steps / 1000, steps * pace)):
+            for axis, x in zip((upper, lower), (steps / 1000, steps * pace)):
                 shown[name] = draw_band(axis, x, lines, colors[name])
-        axes[0, column].set(xlabel="environment steps (thousands)", title=task)
-        axes[1, column].set(xlabel="seconds")
+        upper.set(xlabel="environment steps (thousands)", title=task)
+        lower.set(xlabel="seconds")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
+    for i in range(len(tasks), bands * columns):
+        for axis in axes[2 * (i // columns) :, i % columns][:2]:
+            axis.axis("off")
     for axis in axes[:, 0]:
         axis.set_ylabel("team return in training")
     figure.suptitle(
