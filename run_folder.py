@@ -68,8 +68,10 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def fail_flag(error: ValueError) -> NoReturn:
-    """The same for an error "name value: must be ..." about a flag; any other is raised again."""
+def fail_flag(error: ValueError | EnvFailure) -> NoReturn:
+    """The same for an error "name value: must be ..." about a flag, or of the environment; any other is raised."""
+    if isinstance(error, EnvFailure):
+        fail(str(error))
     name, _, rest = str(error).partition(" ")
     if ": must be " not in rest:
         raise error
@@ -130,12 +132,15 @@ def load_checkpoint(path: Path, flag: str) -> dict:
         fail(f"{flag} {path}: must be a checkpoint that is whole ({type(error).__name__})")
 
 
-def parse_flags(Args: type, file: str) -> tuple:
+def parse_flags(Args: type, file: str, processes: int = 1) -> tuple:
     """Flags of the script `file` from the command line, config.json, and the checkpoint to resume from, if any."""
+    release_signals()  # until training begins, Ctrl-C ends at once and quietly
     script = os.path.basename(file)
-    args, config, checkpoint = tyro.cli(Args), {"script": script}, None
+    args, config, checkpoint = tyro.cli(Args), {"script": script, "processes": processes}, None
     if args.resume is not None:  # the saved flags win, but for three
         saved, config, checkpoint = load_run(Path(args.resume), "--resume", [script])
+        if (began := config.get("processes", 1)) != processes:
+            fail(f"--resume {args.resume}: must be continued by {began} processes, as it began")
         given = asdict(tyro.cli(type(saved), default=saved)).items()  # parsed again: what differs from saved was typed
         asked = {name: value for name, value in given if value != getattr(saved, name) and name != "resume"}
         anew = {name: asked.pop(name) for name in ("total_timesteps", "eval_episodes", "cuda") if name in asked}
@@ -224,9 +229,13 @@ def show_progress(bar: tqdm, global_step: int, text: str) -> None:
         bar.printed = time.time()
 
 
-def save_checkpoint(run_dir: Path, parts: dict, counters: tuple) -> None:
-    """Write checkpoint.pt: the state dicts of all parts, and the values of COUNTERS."""
+def save_checkpoint(run_dir: Path | None, parts: dict, counters: tuple) -> None:
+    """Write checkpoint.pt: numbers and state dicts, to be loaded with weights_only=True. Its keys are COUNTERS, agent,
+    agent_optimizer and, where the credit is learned, decomposer, decomposer_optimizer and buffer (a list of the buffers
+    of several processes, all of which must call this; those without a run folder write nothing)."""
     state = {name: part.state_dict() for name, part in parts.items()} | dict(zip(COUNTERS, counters))
+    if run_dir is None:
+        return
 
     def write(path: Path) -> None:
         with open(path, "wb") as file:
@@ -242,12 +251,12 @@ def check_finite(networks: dict, iteration: int, run_dir: Path | None) -> None:
             fail(f"{name} is not finite in iteration {iteration}{kept(run_dir)}", code=1)
 
 
-def stop(run_dir: Path | None, signum: int, processes: int = 1) -> NoReturn:
-    """End the program at a signal with a line that tells how to go on, from the process that has the run folder."""
+def stop(run_dir: Path | None, signals: list[int], processes: int = 1) -> NoReturn:
+    """End the program at a signal, caught here or elsewhere, with a line from the process that has the run folder."""
     if run_dir is not None:
         start = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         print(f"stopped; to continue: {start} {sys.argv[0]} --resume {shlex.quote(str(run_dir))}", file=sys.stderr)
-    sys.exit(128 + signum)
+    sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 
 def restore(checkpoint: dict | None, parts: dict) -> tuple:
@@ -256,7 +265,7 @@ def restore(checkpoint: dict | None, parts: dict) -> tuple:
         return 0, 0, 0.0, 0
     try:
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+            part.load_state_dict(checkpoint.pop(name))  # the buffer is large: one copy of it is enough
         return tuple(checkpoint[name] + 0 for name in COUNTERS)  # + 0: numbers they must be
     except Exception as error:  # torch raises many kinds
         fail(f"--resume: must be a folder whose checkpoint.pt fits its config.json ({type(error).__name__})")

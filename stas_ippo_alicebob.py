@@ -17,16 +17,7 @@ when an episode ends. One iteration of the training loop, which is at the end of
 Axes stand in the order (episode E, time T, agent N, feature): observations have O features.
 D is the embedding width, H the number of heads, M the number of coalitions, B any batch, L the longest episode of a
 batch, S the valid steps of all episodes. `env` keeps the protocol of envs/__init__.py.
-
-checkpoint.pt holds: iteration, global_step, wall_time, csv_position, agent, agent_optimizer, decomposer,
-decomposer_optimizer, buffer (numbers and state dicts, to be loaded with weights_only=True; the last three only where
-the credit is learned).
 """
-
-import signal
-
-if __name__ == "__main__":  # until the training loop begins, Ctrl-C ends at once and quietly
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import math
 import os
@@ -493,7 +484,6 @@ if __name__ == "__main__":
         buffer = ReplayBuffer(args.buffer_size, device)
         parts |= {"decomposer": decomposer, "decomposer_optimizer": decomposer_optimizer, "buffer": buffer}
     iteration, global_step, wall_time, csv_position = run_folder.restore(checkpoint, parts)
-    checkpoint = None  # it holds a copy of the buffer
 
     # The run folder and the logs.
     run_dir = run_folder.open_run_dir(args, run_name, config)
@@ -618,7 +608,7 @@ if __name__ == "__main__":
             writer.flush()
             run_folder.save_checkpoint(run_dir, parts, (iteration, global_step, wall_time, csv_file.tell()))
         if stopped:
-            run_folder.stop(run_dir, signals[0])
+            run_folder.stop(run_dir, signals)
 
     for output in (bar, csv_file, writer):
         output.close()

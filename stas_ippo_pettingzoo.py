@@ -9,23 +9,12 @@ when an episode ends. In one iteration of the training loop, which is at the end
   2. the episodes go into a replay buffer, with nothing of the reward but their returns;
   3. the decomposer is fitted: causal attention over time for each agent, then attention over agents, in which each sees
      itself and random coalitions of the others, then a linear head that gives credits, trained to add up to R;
-  4. the fresh episodes get their credits; the leftover, R minus their sum, is paid at the last step (`--conserve none`,
-     the paper: it is not);
+  4. the fresh episodes get credits; the leftover, R minus their sum, is paid at the last step (the paper drops it);
   5. PPO trains every agent on its own observations and credits; actor and critic are shared, and told whom they serve.
 
 Axes stand in the order (episode E, time T, agent N, feature): observations have O features, continuous actions A.
-D is the embedding width, H the number of heads, M the number of coalitions, B any batch, L the longest episode of a
-batch, S the valid steps of all episodes. `env` keeps the protocol of envs/__init__.py.
-
-checkpoint.pt holds: iteration, global_step, wall_time, csv_position, agent, agent_optimizer, decomposer,
-decomposer_optimizer, buffer (numbers and state dicts, to be loaded with weights_only=True; the last three only where
-the credit is learned; of several processes a list of their buffers).
+D is the embedding width, H the heads, M the coalitions, B any batch, L a batch's longest episode, S all valid steps.
 """
-
-import signal
-
-if __name__ == "__main__":  # until the training loop begins, Ctrl-C ends at once and quietly
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import math
 import os
@@ -127,15 +116,13 @@ METRICS = run_folder.METRICS  # the columns of metrics.csv
 
 
 def make_env(args: Args, num_envs: int, device: str | torch.device = "cpu"):
-    """The environments to learn in."""
-    options = pettingzoo.parse_options(args.env_kwargs)
-    return pettingzoo.PettingZooEnv(args.env_id, num_envs, args.horizon, options, device, args.env_workers)
+    """The environments to learn in, by the protocol of envs/__init__.py."""
+    return pettingzoo.PettingZooEnv(args.env_id, num_envs, args.horizon, args.env_kwargs, device, args.env_workers)
 
 
 def make_parallel_env(args: Args, render_mode: str | None = None):
     """The environment to be evaluated on."""
-    options = pettingzoo.parse_options(args.env_kwargs)
-    return pettingzoo.make_parallel_env(args.env_id, args.horizon, options, render_mode)
+    return pettingzoo.make_parallel_env(args.env_id, args.horizon, args.env_kwargs, render_mode)
 
 
 def sample_coalitions(
@@ -494,10 +481,8 @@ def compute_gae(
 
 if __name__ == "__main__":
     sys.excepthook = run_folder.report_error
-    args, config, checkpoint = run_folder.parse_flags(Args, __file__)
+    args, config, checkpoint = run_folder.parse_flags(Args, __file__, WORLD_SIZE)
     run_name = run_folder.name_run(args, args.env_id)
-    if checkpoint is not None and config.get("processes", 1) != WORLD_SIZE:
-        run_folder.fail(f"--resume {args.resume}: must be continued by {config['processes']} processes, as it began")
 
     # Device, environment, networks, and where they stood if the run is resumed.
     device = connect(run_folder.choose_device(args))
@@ -509,10 +494,8 @@ if __name__ == "__main__":
         if checkpoint is None:
             # These episodes are only played: to meet what is wrong with the environment or the horizon, and returns.
             untrained = rollout(env, agent, np.random.SeedSequence((args.seed, 0, RANK)).generate_state(1).item())
-    except ValueError as error:
+    except (ValueError, EnvFailure) as error:
         run_folder.fail_flag(error)
-    except EnvFailure as error:
-        run_folder.fail(str(error))
     if args.reward_scale is None:
         deviation = moments(untrained["team_reward"].sum(dim=1))[1].item()
         args.reward_scale = deviation if 1e-5 < deviation < 1e9 else 1.0
@@ -523,11 +506,10 @@ if __name__ == "__main__":
         buffer = ReplayBuffer(args.buffer_size, device)
         parts |= {"decomposer": decomposer, "decomposer_optimizer": decomposer_optimizer, "buffer": Gathered(buffer)}
     iteration, global_step, wall_time, csv_position = run_folder.restore(checkpoint, parts)
-    checkpoint = None  # it holds a copy of the buffer
 
     run_dir = None  # process 0 keeps the run folder and the logs
     if RANK == 0:
-        run_dir = run_folder.open_run_dir(args, run_name, config | {"processes": WORLD_SIZE})
+        run_dir = run_folder.open_run_dir(args, run_name, config)
         csv_file, csv_writer, writer, bar = run_folder.open_logs(args, run_dir, METRICS, global_step, csv_position)
         if env.rewards_differ:
             print("the agents' rewards differ: the team's is their mean")
@@ -596,8 +578,7 @@ if __name__ == "__main__":
             b_obs, b_elapsed, b_act, b_logprob, b_values = (episodes[name][valid] for name in names)  # (S, ...)
             b_advantages, b_targets = advantages[valid], targets[valid]  # (S, N)
             clipfracs = []
-            at_least = len(b_obs) if WORLD_SIZE == 1 else args.num_envs  # steps to share out, alike in all processes
-            num_minibatches = min(args.num_minibatches, at_least)
+            num_minibatches = min(args.num_minibatches, len(b_obs) if WORLD_SIZE == 1 else args.num_envs)  # all alike
             for _ in range(args.update_epochs):
                 for mb in torch.randperm(len(b_obs), device=device).tensor_split(num_minibatches):
                     _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb], b_elapsed[mb], b_act[mb])
@@ -641,8 +622,7 @@ if __name__ == "__main__":
         # Log; save now and then, but never what a loss that is not finite has done to the weights.
         run_folder.check_finite({"decomposer/loss": decomposer, "PPO's loss": agent}, iteration, run_dir)
         stopped = total(torch.tensor(len(signals), device=device)).item() > 0
-        finished = global_step >= args.total_timesteps
-        saves = stopped or finished or iteration % args.checkpoint_every == 0
+        saves = stopped or global_step >= args.total_timesteps or iteration % args.checkpoint_every == 0
         if RANK == 0:
             if decomposer is not None:
                 metrics |= measure_credits(args, partial(decompose, args, decomposer), episodes, credits)
@@ -655,14 +635,13 @@ if __name__ == "__main__":
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step)
             run_folder.show_progress(bar, global_step, f"return {metrics['charts/episodic_return']:.2f}")
-            if saves:
-                writer.flush()
-                run_folder.save_checkpoint(run_dir, parts, (iteration, global_step, wall_time, csv_file.tell()))
-        elif saves and decomposer is not None:
-            parts["buffer"].state_dict()  # which process 0 gathers to save it
+            writer.flush()
+            csv_position = csv_file.tell()
+        if saves:
+            run_folder.save_checkpoint(run_dir, parts, (iteration, global_step, wall_time, csv_position))
         if stopped:
             total(torch.zeros(1, device=device))  # all wait until process 0 has saved
-            run_folder.stop(run_dir, (signals or [signal.SIGTERM])[0], WORLD_SIZE)
+            run_folder.stop(run_dir, signals, WORLD_SIZE)
 
     run_folder.release_signals()
     if RANK == 0:

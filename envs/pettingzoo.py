@@ -23,8 +23,12 @@ from pettingzoo import ParallelEnv
 from envs import EnvFailure, check_action
 
 
-def load(env_id: str, env_kwargs: dict, **more) -> ParallelEnv:
-    """parallel_env(**env_kwargs) of a module; ValueError "env_id ...: must be ..." if that makes no ParallelEnv."""
+def load(env_id: str, env_kwargs: dict | str, **more) -> ParallelEnv:
+    """parallel_env(**env_kwargs) of a module, the options also as a JSON object.
+
+    ValueError "env_id ...: must be ..." or "env_kwargs ...: must be ..." if that makes no ParallelEnv.
+    """
+    options = parse_options(env_kwargs) if isinstance(env_kwargs, str) else env_kwargs
     try:
         module = importlib.import_module(env_id)
     except Exception as error:  # whatever importing code that is not ours does
@@ -32,9 +36,9 @@ def load(env_id: str, env_kwargs: dict, **more) -> ParallelEnv:
     if not hasattr(module, "parallel_env"):
         raise ValueError(f"env_id {env_id}: must be a module with a function parallel_env")
     try:
-        env = module.parallel_env(**env_kwargs, **more)
+        env = module.parallel_env(**options, **more)
     except Exception as error:  # whatever the environment makes of them
-        raise ValueError(f"env_kwargs {env_kwargs}: must be options of {env_id} ({one_line(error)})") from error
+        raise ValueError(f"env_kwargs {options}: must be options of {env_id} ({one_line(error)})") from error
     if not isinstance(env, ParallelEnv):
         raise ValueError(f"env_id {env_id}: must make a ParallelEnv, not a {type(env).__name__}")
     return env
@@ -164,7 +168,7 @@ class UniformEnv(ParallelEnv):
 class Copies:
     """Some UniformEnvs, and what they show together; in a worker process or in this one."""
 
-    def __init__(self, env_id: str, env_kwargs: dict, horizon: int, count: int):
+    def __init__(self, env_id: str, env_kwargs: dict | str, horizon: int, count: int):
         self.envs = [UniformEnv(load(env_id, env_kwargs), env_id, horizon) for _ in range(count)]
 
     def reset(self, seeds: np.ndarray) -> tuple[np.ndarray]:
@@ -207,13 +211,15 @@ class PettingZooEnv:
     """Copies of a PettingZoo environment; see `envs/__init__.py` for the protocol.
 
     Args:
-        env_id: a module with a function parallel_env. env_kwargs: its options.
+        env_id: a module with a function parallel_env. env_kwargs: its options, in a dictionary or as a JSON object.
         num_envs: E. horizon: steps of an episode, T; a limit of the environment's own must not come before it.
         num_workers: processes that the copies are shared out to (0: all in this one).
     The team reward is the mean of the agents' rewards; `rewards_differ` is True once they were not all alike.
     """
 
-    def __init__(self, env_id: str, num_envs: int, horizon: int, env_kwargs: dict, device="cpu", num_workers: int = 0):
+    def __init__(
+        self, env_id: str, num_envs: int, horizon: int, env_kwargs: dict | str, device="cpu", num_workers: int = 0
+    ):
         one = UniformEnv(load(env_id, env_kwargs), env_id, horizon)
         self.num_agents, self.obs_dim, self.num_actions = len(one.possible_agents), one.obs_dim, one.num_actions
         self.continuous, self.horizon, self.num_envs = one.continuous, horizon, num_envs
@@ -282,7 +288,7 @@ def make(env_id: str, num_envs: int, horizon: int, device="cpu", num_workers: in
     return PettingZooEnv(env_id, num_envs, horizon, env_kwargs, device, num_workers)
 
 
-def make_parallel_env(env_id: str, horizon: int, env_kwargs: dict, render_mode: str | None = None) -> UniformEnv:
+def make_parallel_env(env_id: str, horizon: int, env_kwargs: dict | str, render_mode: str | None = None) -> UniformEnv:
     """One copy, to be evaluated on; without pictures if the environment has none."""
     try:
         return UniformEnv(load(env_id, env_kwargs, render_mode=render_mode), env_id, horizon)

@@ -25,6 +25,7 @@ import stas_ml_ippo_mpe
 from envs.alice_bob import AliceBob
 from envs.mpe import make
 from evaluate import play_episode
+from run_folder import COUNTERS, save_checkpoint
 
 MODULES = {
     ALICEBOB: stas_ippo_alicebob,
@@ -91,8 +92,9 @@ def test_a_run_leaves_a_complete_folder(script, run_script, tiny, tmp_path):
 def test_checkpoint_loads_safely_and_plays(script, run_script, tiny, no_evaluation, tmp_path):
     run_script(f"{tiny} --run-dir run")
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    documented = re.search(r"checkpoint.pt holds: (.*?) \(", MODULES[script].__doc__, re.DOTALL).group(1)
-    assert set(re.findall(r"\w+", documented)) == set(checkpoint)
+    states = {"agent", "agent_optimizer", "decomposer", "decomposer_optimizer", "buffer"}
+    assert set(checkpoint) == states | set(COUNTERS)
+    assert states <= set(re.findall(r"\w+", save_checkpoint.__doc__))
     module = MODULES[script]
     args = module.Args(**json.loads((tmp_path / "run" / "config.json").read_text())["flags"])
     agent, decomposer = module.make_networks(args, module.make_env(args, num_envs=1))
@@ -558,8 +560,8 @@ def test_lost_logs_do_not_keep_a_run_from_going_on(run_script, tiny, no_evaluati
     assert EventAccumulator(str(run)).Reload().Scalars("charts/episodic_return")[0].step == 1000
 
 
-def wait_for_first_line(process) -> None:
-    """Until the script has given SIGINT back to the system; Python catches it from its own start on."""
+def wait_for_flags(process) -> None:
+    """Until the script, which reads its flags, has given SIGINT back to the system; Python catches it at first."""
     caught = False
     for _ in range(10_000):
         try:
@@ -575,7 +577,7 @@ def wait_for_first_line(process) -> None:
 @pytest.mark.parametrize("moment", [0.05, 0.3, 0.8, 1.5])
 def test_ctrl_c_before_training_is_quiet(moment, start):
     process = start(MPE, f"{TINY[MPE]} --total-timesteps 100000000 --run-dir run")
-    wait_for_first_line(process)
+    wait_for_flags(process)
     time.sleep(moment)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
