@@ -64,6 +64,21 @@ ROWS = {  # name: flags
     "difference": "--credit difference",
     "shapley": "--credit shapley",
 }
+BOTH = ("Alice & Bob", "spread 3")
+DEPARTURES = {  # what the paper or its code does, in place of our default: flags, tasks
+    "stas, linear embedding": ("--embedding linear", BOTH),
+    "stas, no outcome": ("--no-outcome", BOTH),
+    "stas, lambda 0.95": ("--gae-lambda 0.95", BOTH),
+    "stas, learning rate 1e-4": ("--learning-rate 1e-4", BOTH),
+    "stas, gamma 1": ("--gamma 1", BOTH[:1]),
+    "stas, adv-eps 1e-8": ("--adv-eps 1e-8", BOTH[:1]),
+    "stas, all of these": (
+        "--conserve none --embedding linear --no-outcome --gae-lambda 0.95 --learning-rate 1e-4 --gamma 1 "
+        "--adv-eps 1e-8",
+        BOTH,
+    ),
+}
+ROWS |= {name: flags for name, (flags, _) in DEPARTURES.items()}
 FOUND = 0.9  # the treasure rate in Alice & Bob that counts as learned
 
 
@@ -71,7 +86,9 @@ FOUND = 0.9  # the treasure rate in Alice & Bob that counts as learned
 class Args:
     tasks: list[Literal[tuple(TASKS)]] = field(default_factory=lambda: GRID)
     """tables to make"""
-    rows: list[Literal[tuple(ROWS)]] = field(default_factory=lambda: [r for r in ROWS if "share" not in r])
+    rows: list[Literal[tuple(ROWS)]] = field(
+        default_factory=lambda: [r for r in ROWS if "share" not in r and r not in DEPARTURES]
+    )
     """rows of each table"""
     seeds: list[int] = field(default_factory=list)
     """seeds to run (default: from 1 on, as many as the task has)"""
@@ -101,6 +118,8 @@ def flags_of(args: Args, task: str, row: str) -> str:
 
 def fits(task: str, row: str) -> bool:
     """Exact Shapley values and differences are known in spread only; STAS-ML has a script for MPE."""
+    if row in DEPARTURES:
+        return task in DEPARTURES[row][1]
     if row in ("shapley", "difference"):
         return task.startswith("spread")
     return row != "STAS-ML" or TASKS[task][0] == MPE
@@ -255,7 +274,7 @@ def summary_table(rows: list[dict], tasks: list[str]) -> str:
     head = "credit | tasks | interquartile mean of the score | probability of a better end than `episodic`"
     lines = [f"| {head} |", "|---" * 4 + "|"]
     found = [groups([row for row in rows if row["task"] == task]) for task in tasks]
-    for name in dict.fromkeys(name for each in found for name in each):
+    for name in dict.fromkeys(name for each in found for name in each if name not in DEPARTURES):
         row = next(row for row in ROWS if name == row or name.startswith(f"{row} "))
         extra = name.removeprefix(row)  # other flags are compared with rows of the same
         names = [name, f"episodic{extra}", f"dense{extra}"]
@@ -284,13 +303,13 @@ def summary_table(rows: list[dict], tasks: list[str]) -> str:
 
 
 def score_table(rows: list[dict]) -> str:
-    """The scores of every task, with the number of seeds, of the credits that have some; of `dense` they are 1."""
+    """The scores of every task, with the number of seeds, of the kinds of credit that have some; of `dense`: 1."""
     cells: dict[str, dict[str, str]] = {}  # of every task, by the row of ROWS
     for task in TASKS:
         found = groups([row for row in rows if row["task"] == task])
         scores = {name: scores_of(found.get(name, []), found.get("dense", [])) for name in ROWS if name != "dense"}
         cells[task] = {name: f"{interval(some)} ({len(some)})" for name, some in scores.items() if some}
-    names = [name for name in ROWS if any(name in some for some in cells.values())]
+    names = [name for name in ROWS if name not in DEPARTURES and any(name in some for some in cells.values())]
     lines = [f"| task | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [
         f"| {task} | {' | '.join(some.get(name, '') for name in names)} |" for task, some in cells.items() if some
@@ -315,6 +334,7 @@ def draw_band(axis, x: np.ndarray, lines: np.ndarray, color):
 
 def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> None:
     """Team return in training against steps, below against seconds; up to four tasks side by side."""
+    curves = [row for row in curves if row["row"] not in DEPARTURES]
     tasks = [task for task in tasks if any(row["task"] == task for row in curves)]
     if not tasks:
         return
