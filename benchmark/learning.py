@@ -37,6 +37,7 @@ TASKS = {  # name: script, flags, seeds
     "spread 6": (MPE, "--num-agents 6 --total-timesteps 345000", 5),
     "tag 6": (MPE, "--scenario tag --num-agents 6", 5),
     "push 3": (MPE, "--scenario push --num-envs 64 --gamma 0.98 --gae-lambda 0.95 --total-timesteps 1500000", 5),
+    "spread 3, 50 steps": (MPE, "--max-cycles 50 --num-envs 64", 5),
     "spread 3, 100 steps": (MPE, "--max-cycles 100 --num-envs 32", 5),
     "spread 15": (MPE, "--num-agents 15 --total-timesteps 345000", 3),
     "simple_spread": (ANY, f"--env-id mpe2.simple_spread_v3 --env-kwargs {NEAREST_FIRST}", 3),
@@ -49,7 +50,7 @@ TASKS = {  # name: script, flags, seeds
         3,
     ),
 }
-GRID = list(TASKS)[:8]  # those on batched environments
+GRID = list(TASKS)[:9]  # those on batched environments
 ROWS = {  # name: flags
     "stas": "",
     "STAS-ML": "",
