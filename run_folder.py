@@ -134,13 +134,13 @@ def load_checkpoint(path: Path, flag: str) -> dict:
 
 def parse_flags(Args: type, file: str, processes: int = 1) -> tuple:
     """Flags of the script `file` from the command line, config.json, and the checkpoint to resume from, if any."""
-    release_signals()  # until training begins, Ctrl-C ends at once and quietly
+    release_signals()  # from here on until training begins, Ctrl-C ends at once and quietly
     script = os.path.basename(file)
     args, config, checkpoint = tyro.cli(Args), {"script": script, "processes": processes}, None
     if args.resume is not None:  # the saved flags win, but for three
         saved, config, checkpoint = load_run(Path(args.resume), "--resume", [script])
         if (began := config.get("processes", 1)) != processes:
-            fail(f"--resume {args.resume}: must be continued by {began} processes, as it began")
+            fail(f"--resume {args.resume}: must be continued by {began} process{'es' * (began != 1)}, as it began")
         given = asdict(tyro.cli(type(saved), default=saved)).items()  # parsed again: what differs from saved was typed
         asked = {name: value for name, value in given if value != getattr(saved, name) and name != "resume"}
         anew = {name: asked.pop(name) for name in ("total_timesteps", "eval_episodes", "cuda") if name in asked}
@@ -260,7 +260,7 @@ def stop(run_dir: Path | None, signals: list[int], processes: int = 1) -> NoRetu
 
 
 def restore(checkpoint: dict | None, parts: dict) -> tuple:
-    """Put all parts into the state of a checkpoint, if there is one; returns the values of COUNTERS."""
+    """Move the states of all parts out of a checkpoint, if there is one; returns the values of COUNTERS."""
     if checkpoint is None:
         return 0, 0, 0.0, 0
     try:

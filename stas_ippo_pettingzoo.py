@@ -578,9 +578,9 @@ if __name__ == "__main__":
             b_obs, b_elapsed, b_act, b_logprob, b_values = (episodes[name][valid] for name in names)  # (S, ...)
             b_advantages, b_targets = advantages[valid], targets[valid]  # (S, N)
             clipfracs = []
-            num_minibatches = min(args.num_minibatches, len(b_obs) if WORLD_SIZE == 1 else args.num_envs)  # all alike
+            num_minibatches = min(args.num_minibatches, len(b_obs) if WORLD_SIZE == 1 else args.num_envs)
             for _ in range(args.update_epochs):
-                for mb in torch.randperm(len(b_obs), device=device).tensor_split(num_minibatches):
+                for mb in torch.randperm(len(b_obs), device=device).tensor_split(num_minibatches):  # as many in all
                     _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb], b_elapsed[mb], b_act[mb])
                     logratio = newlogprob - b_logprob[mb]
                     ratio = logratio.exp()

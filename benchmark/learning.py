@@ -118,7 +118,7 @@ def flags_of(args: Args, task: str, row: str) -> str:
 
 
 def fits(task: str, row: str) -> bool:
-    """Exact Shapley values and differences are known in spread only; STAS-ML has a script for MPE."""
+    """DEPARTURES name their tasks; exact Shapley values and differences are known in spread; STAS-ML is for MPE."""
     if row in DEPARTURES:
         return task in DEPARTURES[row][1]
     if row in ("shapley", "difference"):
