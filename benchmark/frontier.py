@@ -81,7 +81,7 @@ def report(args: Args, rows: list[dict]) -> None:
             fitted = "" if np.isnan(values[2]) else f"{values[2]:.2f}"
             print(f"| {change} | {len(some)} | {values[0]:.2f} | {values[1]:.2f} | {fitted} | {values[3]:.0f} |")
             axis.plot(values[3], values[0], "k*" if change == "default" else "o", markersize=9)
-            offset = (6, -11) if change in ("episodic", "dense") else (6, 4)
+            offset = (6, 4) if change in ("default", "2 updates", "64 updates", "batch 128") else (6, -11)
             axis.annotate(change, (values[3], values[0]), xytext=offset, textcoords="offset points", fontsize=8)
         title = f"{task}: star = the default, the others change one thing"
         axis.set(title=title, xlabel="seconds of training, one thread", ylabel="last training return")
