@@ -6,8 +6,8 @@
 
 Writes summary.json, learning_curve.png, credit.png and episode.gif into the run folder and shows them in TensorBoard.
 The scripts also take from here how well credits and predictions fit (`measure_credits`, `explained_variance`).
-From the script that config.json names it takes `Args`, `METRICS`, `make_env`, `make_parallel_env`, `make_networks`,
-`decompose` and, where networks see observations encoded, `encode_obs`.
+From the script that config.json names it takes `Args`, `METRICS`, `make_env`, `make_parallel_env`, `make_networks` and
+`decompose`.
 """
 
 import csv
@@ -177,10 +177,9 @@ def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, check
     """What the module's docstring says; returns a line to print."""
     args, config, state = load_run(run_dir, "RUN_DIR")
     state = load_checkpoint(checkpoint, "--checkpoint") if checkpoint else state
-    if state is None:
-        fail(f"RUN_DIR {run_dir}: must have a checkpoint.pt; the run ended before its first")
+    if state is None or not (run_dir / "metrics.csv").exists():
+        fail(f"RUN_DIR {run_dir}: must have a checkpoint.pt, which a run that ended early has not, and a metrics.csv")
     script = importlib.import_module(config["script"].removesuffix(".py"))
-    encode = getattr(script, "encode_obs", lambda obs: obs)
     try:
         agent, decomposer = script.make_networks(args, script.make_env(args, num_envs=1))
     except ValueError as error:  # such as a package that is no longer installed
@@ -195,7 +194,7 @@ def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, check
     torch.manual_seed(seed)
 
     def policy(obs: torch.Tensor) -> torch.Tensor:
-        return agent.policy(encode(obs)).sample()
+        return agent.policy(obs).sample()
 
     episodes, summary = episodes or args.eval_episodes, {}
     for name, player in (("eval", policy), ("random", None)):
@@ -213,7 +212,7 @@ def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, check
     env, frames = script.make_parallel_env(args, "rgb_array"), []
     episode = play_episode(env, policy, seed, frames)
     env.close()
-    credits = script.decompose(args, decomposer, episode | {"obs": encode(episode["obs"])})
+    credits = script.decompose(args, decomposer, episode)
     leftover, setting = None, f"credit={args.credit}"
     if decomposer is not None and args.conserve != "none":
         leftover = (episode["team_reward"].sum() - credits.sum()).item()

@@ -109,29 +109,14 @@ class Args:
 METRICS = (*run_folder.METRICS, "charts/treasure_rate")  # the columns of metrics.csv
 
 
-def encode_obs(obs: torch.Tensor) -> torch.Tensor:
-    """Observations for a network: the nine cells one-hot, all other numbers divided by 8. (..., 19) -> (..., 82)"""
-    cells = F.one_hot(obs[..., :9].long(), num_classes=8).flatten(start_dim=-2)
-    return torch.cat((cells, obs[..., 9:] / 8), dim=-1)
-
-
-class EncodedAliceBob(AliceBob):
-    """Alice & Bob with encoded observations."""
-
-    obs_dim = 9 * 8 + 10
-
-    def observe(self) -> torch.Tensor:
-        return encode_obs(super().observe())
-
-
 def make_env(args: Args, num_envs: int, device: str | torch.device = "cpu"):
     """The batched environment to learn in."""
-    return EncodedAliceBob(num_envs, device)
+    return AliceBob(num_envs, device, one_hot=True)
 
 
 def make_parallel_env(args: Args, render_mode: str | None = None):
-    """The PettingZoo environment to be evaluated on; its observations are not encoded."""
-    return parallel_env(render_mode)
+    """The PettingZoo environment to be evaluated on."""
+    return parallel_env(render_mode, one_hot=True)
 
 
 def sample_coalitions(
@@ -602,8 +587,7 @@ if __name__ == "__main__":
         for name, value in metrics.items():
             writer.add_scalar(name, value, global_step)
         stopped, finished = bool(signals), global_step >= args.total_timesteps
-        report = f"return {metrics['charts/episodic_return']:.1f}, treasure {metrics['charts/treasure_rate']:.2f}"
-        run_folder.show_progress(bar, global_step, report)
+        run_folder.show_progress(bar, global_step, f"treasure {metrics['charts/treasure_rate']:.2f}")
         if stopped or finished or iteration % args.checkpoint_every == 0:
             writer.flush()
             run_folder.save_checkpoint(run_dir, parts, (iteration, global_step, wall_time, csv_file.tell()))

@@ -19,9 +19,9 @@ The protocol, complete (E episodes, N agents, O observation features, A action d
 
 Rules that every environment keeps:
 
-* All episodes start together at `reset`. `seed=None` continues the environment's own generator, `env.generator`. The
-  scripts give every iteration, which is one whole episode per environment, a seed of its own; so a checkpoint needs
-  nothing of an environment.
+* All episodes start together at `reset`. `seed=None` continues the environment's own generator. The scripts give every
+  iteration, which is one whole episode per environment, a seed of its own; so a checkpoint needs nothing of an
+  environment.
 * `team_reward` is one number per episode and step: the mean of the learning agents' rewards.
 * `terminated` is sticky: True from the terminating step until the next reset. From then on the episode is frozen: its
   state and observation stay as they are, and it earns 0. Step t is valid if the episode had not terminated before it.

@@ -11,6 +11,7 @@ Positions are (row, column), counted from 0 at the top left.
 import gymnasium
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pettingzoo import ParallelEnv
 from PIL import Image, ImageDraw, ImageFont
 
@@ -97,19 +98,20 @@ class AliceBob:
     door, 2 key 0, 3 key 1, 5 Alice, 6 Bob, 7 treasure; an agent hides an item, and on a shared cell each sees itself);
     own row and column; own minus other position (2); own minus key position for each key, zeros once used (4); 1 if in
     a room; own event of this step (0 none, -1 bump, 2 or 3 pick-up of key 0 or 1, 7 on the treasure when it pays).
+    With `one_hot` they are 82 for a network: each of the nine cells one-hot, and all other numbers divided by 8.
 
     State: agent_pos (E, 2, 2) int64 (row, column), key_used (E, 2) bool, event (E, 2) float32, terminated (E,) bool.
     """
 
-    num_agents, obs_dim, num_actions, continuous, horizon = 2, OBS_DIM, len(MOVES), False, HORIZON
+    num_agents, num_actions, continuous, horizon = 2, len(MOVES), False, HORIZON
     event_names = {BUMP: "bump", PICK_UP: "key", PICK_UP + 1: "key", PAID: "$"}  # marks in pictures of the credits
     legend = ""
 
-    def __init__(self, num_envs: int, device: str | torch.device = "cpu"):
+    def __init__(self, num_envs: int, device: str | torch.device = "cpu", one_hot: bool = False):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        self.num_envs, self.device = num_envs, torch.device(device)
-        self.generator = torch.Generator(self.device)  # the game draws nothing; kept for the protocol
+        self.num_envs, self.device, self.one_hot = num_envs, torch.device(device), one_hot
+        self.obs_dim = 9 * 8 + 10 if one_hot else OBS_DIM
         self.next_cell, self.features = (table.to(self.device) for table in build_tables())
         self.starts = torch.tensor(STARTS, device=self.device)
         self.keys = torch.tensor([SIZE * row + col for row, col in KEYS], device=self.device)
@@ -117,9 +119,7 @@ class AliceBob:
         self.reset()
 
     def reset(self, seed: int | None = None) -> torch.Tensor:
-        """Start all episodes anew. Returns obs (E, 2, 19)."""
-        if seed is not None:
-            self.generator.manual_seed(seed)
+        """Start all episodes anew; the game draws nothing. Returns obs (E, 2, obs_dim)."""
         self.t = 0
         self.agent_pos = self.starts.repeat(self.num_envs, 1, 1)
         self.key_used = torch.zeros(self.num_envs, 2, dtype=torch.bool, device=self.device)
@@ -133,7 +133,7 @@ class AliceBob:
         Args:
             act: (E, 2) int64 in 0..3, Alice's and Bob's move.
         Returns:
-            obs (E, 2, 19), team_reward (E,), terminated (E,).
+            obs (E, 2, obs_dim), team_reward (E,), terminated (E,).
         Raises:
             RuntimeError: at the horizon. ValueError: for actions of another shape.
         """
@@ -160,7 +160,7 @@ class AliceBob:
         return self.observe(), TREASURE_REWARD * paid - BUMP_COST * bump.sum(dim=1), self.terminated.clone()
 
     def observe(self) -> torch.Tensor:
-        """Observation of the current state, (E, 2, 19) float32."""
+        """Observation of the current state, (E, 2, obs_dim) float32."""
         obs = self.features[self._key_state(), self._cell()]  # (E, 2, 19), a copy
         own_minus_other = self.agent_pos - self.agent_pos.flip(1)  # (E, 2, 2)
         # Write the other agent into the window where it is near, then the agent itself into the centre.
@@ -171,7 +171,9 @@ class AliceBob:
         obs[:, 0, CENTRE], obs[:, 1, CENTRE] = ALICE, BOB
         obs[..., OTHER] = own_minus_other.float()
         obs[..., EVENT] = self.event
-        return obs
+        if not self.one_hot:
+            return obs
+        return torch.cat((F.one_hot(obs[..., :9].long(), num_classes=8).flatten(-2), obs[..., 9:] / 8), dim=-1)
 
     def oracles(self) -> dict[str, torch.Tensor]:
         """event (E, 2) int64: what each agent did in the last step, by `event_names`."""
@@ -197,19 +199,19 @@ class AliceBobParallelEnv(ParallelEnv):
         "is_parallelizable": True,
     }
 
-    def __init__(self, render_mode: str | None = None):
+    def __init__(self, render_mode: str | None = None, one_hot: bool = False):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode must be None, 'human' or 'rgb_array', got {render_mode!r}")
         self.possible_agents = ["alice", "bob"]
         self.agents = []
         self.render_mode = render_mode
-        self.env = AliceBob(num_envs=1)
+        self.env = AliceBob(num_envs=1, one_hot=one_hot)
         self.event_names, self.legend = self.env.event_names, self.env.legend
         self.window = None
-        limit = float(SIZE - 1)
-        names = self.possible_agents
-        self.observation_spaces = {name: gymnasium.spaces.Box(-limit, limit, (OBS_DIM,), np.float32) for name in names}
-        self.action_spaces = {name: gymnasium.spaces.Discrete(len(MOVES)) for name in names}
+        limit = 1.0 if one_hot else float(SIZE - 1)
+        space = gymnasium.spaces.Box(-limit, limit, (self.env.obs_dim,), np.float32)
+        self.observation_spaces = dict.fromkeys(self.possible_agents, space)
+        self.action_spaces = {name: gymnasium.spaces.Discrete(len(MOVES)) for name in self.possible_agents}
 
     def oracles(self) -> dict[str, torch.Tensor]:
         return self.env.oracles()
@@ -277,9 +279,9 @@ class AliceBobParallelEnv(ParallelEnv):
             self.window = None
 
 
-def parallel_env(render_mode: str | None = None) -> AliceBobParallelEnv:
+def parallel_env(render_mode: str | None = None, one_hot: bool = False) -> AliceBobParallelEnv:
     """Alice & Bob as a PettingZoo ParallelEnv with the agents "alice" and "bob"."""
-    return AliceBobParallelEnv(render_mode)
+    return AliceBobParallelEnv(render_mode, one_hot)
 
 
 ALICE_COLOUR, BOB_COLOUR, GOLD = (31, 119, 180), (214, 90, 30), (240, 180, 20)

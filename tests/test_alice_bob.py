@@ -306,15 +306,15 @@ def test_random_play_equals_the_plain_version():
     assert 10 < sum(game.over for game in games) < num_envs  # both kinds of episode were there
 
 
-def test_a_batch_equals_single_episodes():
+def test_one_hot_observations_say_the_same():
+    env, plain = AliceBob(64, one_hot=True), AliceBob(64)
     act = guided_actions(64, torch.Generator().manual_seed(1))
-    batch, singles = AliceBob(64), [AliceBob(1) for _ in range(64)]
-    batch.reset()
     for t in range(HORIZON):
-        together = batch.step(act[t])
-        alone = [env.step(act[t, e : e + 1]) for e, env in enumerate(singles)]
-        for i in range(3):
-            assert torch.equal(together[i], torch.cat([result[i] for result in alone]))
+        obs, expected = env.step(act[t])[0], plain.step(act[t])[0]
+        assert obs.shape == (64, 2, env.obs_dim) and obs.abs().max() <= 1
+        cells = obs[..., :72].view(64, 2, 9, 8)
+        assert torch.equal(cells.argmax(-1), expected[..., :9].long()) and (cells.sum(-1) == 1).all()
+        assert torch.equal(8 * obs[..., 72:], expected[..., 9:])
 
 
 def test_pettingzoo_api_and_seed():

@@ -100,9 +100,8 @@ def test_checkpoint_loads_safely_and_plays(script, run_script, tiny, no_evaluati
     agent, decomposer = module.make_networks(args, module.make_env(args, num_envs=1))
     agent.load_state_dict(checkpoint["agent"])
     decomposer.load_state_dict(checkpoint["decomposer"])
-    encode = getattr(module, "encode_obs", lambda obs: obs)
-    episode = play_episode(module.make_parallel_env(args), lambda obs: agent.policy(encode(obs)).sample(), seed=0)
-    credits = decomposer(encode(episode["obs"]), episode["act"], episode["valid"])
+    episode = play_episode(module.make_parallel_env(args), lambda obs: agent.policy(obs).sample(), seed=0)
+    credits = decomposer(episode["obs"], episode["act"], episode["valid"])
     assert credits.shape == episode["act"].shape
     stored = checkpoint["buffer"]["data"]
     assert len(stored["obs"]) == 12 and stored["obs"].dtype == torch.float16
@@ -359,7 +358,7 @@ def test_every_other_flag_does_what_it_says(script, run_script, tiny, no_picture
         assert out.count("no CUDA device found") == 1
 
 
-def test_errors_of_our_own_keep_their_traceback(capfd):
+def test_errors_of_our_own_keep_their_traceback():
     """Only a full disk or memory is one line."""
 
     def reported(code: str) -> str:
