@@ -4,9 +4,9 @@
 
 Players walk on a grid, on which food lies. A player beside food may load it, which works only if all who load it in
 that step have at least its level together. The level of each player is 1 or 2, that of food the sum of the players'
-levels (of the lowest three, if there are more), so that nobody can load it alone; without `coop` it is anything up to
-that. All food together is worth 1, divided by level among those who load it; so the team reward here, the mean over
-players, adds up to at most 1 / players. The episode ends when no food is left, or after `max_cycles` steps.
+levels (of the lowest three, if there are more), so that nobody can load it alone. All food together is worth 1,
+divided by level among those who load it; so the team reward here, the mean over players, adds up to at most
+1 / players. The episode ends when no food is left, or after `max_cycles` steps.
 """
 
 from gymnasium.spaces import Box, Discrete
@@ -19,7 +19,7 @@ class Foraging(ParallelEnv):
 
     metadata = {"render_modes": [], "name": "foraging"}
 
-    def __init__(self, players: int = 2, size: int = 6, food: int = 2, coop: bool = True, max_cycles: int = 50):
+    def __init__(self, players: int = 2, size: int = 6, food: int = 2, max_cycles: int = 50):
         self.game = ForagingEnv(
             players=players,
             min_player_level=1,
@@ -30,7 +30,7 @@ class Foraging(ParallelEnv):
             max_num_food=food,
             sight=size,
             max_episode_steps=max_cycles,
-            force_coop=coop,
+            force_coop=True,
         )
         self.possible_agents, self.agents = [f"player_{i}" for i in range(players)], []
 

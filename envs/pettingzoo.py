@@ -62,7 +62,8 @@ class UniformEnv(ParallelEnv):
     Observations (Box of any shape, or Discrete as a one-hot) are flattened and padded with zeros. Actions are Discrete
     for all agents, or Box for all: then they are given in [0, 1] and scaled to the bounds. An agent with fewer than A
     actions or dimensions has True in `action_mask` (N, A) only for its own. An agent that leaves before the others
-    keeps its last observation and earns 0. The episode ends after `horizon` steps, if it does not before.
+    keeps its last observation and earns 0; what it is told to do from then on has no effect, though PPO counts it. The
+    episode ends after `horizon` steps, if it does not before.
 
     Raises:
         ValueError: for a space that is of another kind.

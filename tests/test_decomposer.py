@@ -539,14 +539,6 @@ def test_temporal_layer_against_a_loop(length, window):
             assert torch.allclose(result[b, t], y + layer.mlp(layer.norm2(y)), atol=1e-10)
 
 
-def test_a_window_as_long_as_the_episode_is_full_attention(kind):
-    episodes = make_episodes()
-    full = seeded(make_decomposer(kind), *episodes)
-    for window in (T, T + 1, 100):
-        assert torch.equal(seeded(make_decomposer(kind, attention_window=window), *episodes), full)
-    assert not torch.allclose(seeded(make_decomposer(kind, attention_window=T - 1), *episodes), full)
-
-
 @pytest.mark.parametrize("outcome", [False, True])
 def test_how_far_a_window_reaches(kind, outcome):
     """Each of two layers looks back on W - 1 earlier steps."""

@@ -61,9 +61,11 @@ def test_another_checkpoint_and_what_cannot_be_evaluated(run_script, no_pictures
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / "config.json").write_bytes((tmp_path / "run" / "config.json").read_bytes())
     torch.save({"agent": {}}, tmp_path / "wrong.pt")
+    shutil.copytree(tmp_path / "run", tmp_path / "bare", ignore=shutil.ignore_patterns("metrics.csv"))
     for flags, why in (
         ("nowhere", "must be the folder of a run"),
         ("young", "must have a checkpoint.pt"),
+        ("bare", "and a metrics.csv"),
         ("run --episodes 0", "--episodes 0: must be"),
         ("run --checkpoint nowhere.pt", "--checkpoint nowhere.pt: must be"),
         ("run --checkpoint wrong.pt", "must hold the networks"),
@@ -73,17 +75,19 @@ def test_another_checkpoint_and_what_cannot_be_evaluated(run_script, no_pictures
 
 
 def test_an_oracle_is_evaluated_with_the_credits_of_mpe2s_state(run_script, monkeypatch, tmp_path):
-    drawn = {}
+    drawn, played = {}, []
+    monkeypatch.setattr(
+        "evaluate.play_episode", lambda *args, **more: played.append(play_episode(*args, **more)) or played[-1]
+    )
     monkeypatch.setattr("evaluate.draw_credits", lambda path, *args: drawn.update(credits=args[0], leftover=args[1]))
     monkeypatch.setattr("evaluate.log_to_tensorboard", lambda *args: None)
     assert run_script(f"{TINY[MPE]} --credit difference --run-dir run", MPE)[0] == 0
+    assert drawn["leftover"] is None and np.array_equal(drawn["credits"], played[-1]["difference"][0].numpy())
+    # Those of the first step depend on where the agents start and go: read them off mpe2's state.
     seed = int(np.random.SeedSequence((1, 0)).generate_state(1)[0])
-    assert drawn["credits"].shape == (25, 3) and drawn["leftover"] is None and np.abs(drawn["credits"]).max() > 0
-    # The credits of the first step depend on where the agents start and go: read them off the same episode.
     env, frames = make_pettingzoo("spread", 3, render_mode="rgb_array"), []
     episode = play_episode(env, lambda obs: torch.zeros(3, dtype=torch.int64), seed, frames)
     assert len(frames) == 26 and episode["difference"].shape == (1, 25, 3)
-    env.rules.reset()
     start = make_pettingzoo("spread", 3)
     start.reset(seed=seed)
     start.step(dict.fromkeys(start.agents, 0))
