@@ -14,12 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import scipy.stats
-import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 RESULTS = (ROOT / "benchmark" / "results").resolve()
-MOST_SEEDS = 100
 
 
 def read(path: Path) -> list[dict]:
@@ -73,17 +70,9 @@ def check_flags(args) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
 
 
-def check_seeds(args) -> None:
-    """`check_flags`, and end with one line on seeds of which no interval can be given."""
-    if not 1 <= len(set(args.seeds)) == len(args.seeds) <= MOST_SEEDS:
-        sys.exit(f"error: --seeds {' '.join(map(str, args.seeds))}: must be 1 to {MOST_SEEDS} different seeds")
-    check_flags(args)
-
-
-def in_processes(function, jobs: list[tuple], workers: int, path: Path, fresh: bool = False) -> None:
-    """Append the rows of function(*job) to a CSV file for every job, `workers` at a time (`fresh`: a process each)."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1 if fresh else None) as pool:
+def in_processes(function, jobs: list[tuple], workers: int, path: Path) -> None:
+    """Append the rows of function(*job) to a CSV file for every job, `workers` at a time."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         try:
             for future in as_completed([pool.submit(function, *job) for job in jobs]):
                 append(path, future.result())
@@ -164,37 +153,6 @@ def rates_in_turns(players: dict, turns: int, min_seconds: float) -> dict:
             if turn > 0:  # the first turn warms up
                 rates[name].append(steps_per_second)
     return {name: np.array(values) for name, values in rates.items()}
-
-
-def random_episodes(num_episodes: int, steps: int, num_agents: int, obs_dim: int) -> tuple:
-    """Random obs, act, valid and returns of episodes of full length with five discrete actions."""
-    obs, act = (
-        torch.randn(num_episodes, steps, num_agents, obs_dim),
-        torch.randint(5, (num_episodes, steps, num_agents)),
-    )
-    return obs, act, torch.ones(num_episodes, steps, dtype=torch.bool), torch.randn(num_episodes)
-
-
-def updater(decomposer, fused: bool = True):
-    """update(obs, act, valid, returns) makes one update of a decomposer, and returns its milliseconds."""
-    optimizer = torch.optim.Adam(decomposer.parameters(), lr=3e-3, fused=fused)
-
-    def update(obs, act, valid, returns) -> float:
-        start = time.perf_counter()
-        loss = F.mse_loss(decomposer(obs, act, valid).sum(dim=(1, 2)), returns)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return 1000 * (time.perf_counter() - start)
-
-    return update
-
-
-def medians_in_turns(functions: list, turns: int, warm_up: int) -> list[float]:
-    """The median of what each function returns, called in turns, after some turns to warm up."""
-    return np.median(
-        [[function() for function in functions] for _ in range(turns + warm_up)][warm_up:], axis=0
-    ).tolist()
 
 
 def draw_ranges(axis, x: list[int], values: list[list[float]], style: str, color: str, label: str) -> None:

@@ -16,7 +16,7 @@ import learning
 import matplotlib.figure
 import numpy as np
 import tyro
-from common import RESULTS, check_seeds, missing, read, run_all
+from common import RESULTS, check_flags, missing, read, run_all
 
 CHANGES = {  # name: row of learning.py, flags
     "default": ("stas", ""),
@@ -93,7 +93,7 @@ def report(args: Args, rows: list[dict]) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    check_seeds(args)
+    check_flags(args)
     file = args.results / "learning.csv"
     wanted = {
         (*key_of(args, task, change), 1, seed): (task, change, seed)

@@ -23,7 +23,7 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 import tyro
-from common import RESULTS, append, check_flags, check_seeds, interval, late, missing, read, run_all, train
+from common import RESULTS, append, check_flags, interval, late, missing, read, run_all, train
 from scipy.stats import bootstrap, trim_mean, ttest_1samp
 
 ALICEBOB, MPE, ANY = "stas_ippo_alicebob.py", "stas_ippo_mpe.py", "stas_ippo_pettingzoo.py"
@@ -50,7 +50,7 @@ TASKS = {  # name: script, flags, seeds
         3,
     ),
 }
-GRID = list(TASKS)[:9]  # those on batched environments
+GRID = [task for task, (script, *_) in TASKS.items() if script != ANY]  # those on batched environments
 ROWS = {  # name: flags
     "stas": "",
     "STAS-ML": "",
@@ -65,18 +65,25 @@ ROWS = {  # name: flags
     "difference": "--credit difference",
     "shapley": "--credit shapley",
 }
-ONE, BOTH = ("Alice & Bob",), ("Alice & Bob", "spread 3")
-DEPARTURES = {  # what the paper or its code does, in place of our default: flags, tasks
-    "stas, linear embedding": ("--embedding linear", BOTH),
-    "stas, no outcome": ("--no-outcome", BOTH),
-    "stas, lambda 0.95": ("--gae-lambda 0.95", BOTH),
-    "stas, learning rate 1e-4": ("--learning-rate 1e-4", BOTH),
-    "stas, gamma 1": ("--gamma 1", ONE),
-    "stas, adv-eps 1e-8": ("--adv-eps 1e-8", ONE),
+SETTINGS = {  # of stas, in place of our defaults: flags, tasks; first those of the paper or its code
+    "stas, linear embedding": ("--embedding linear", ["Alice & Bob", "spread 3"]),
+    "stas, no outcome": ("--no-outcome", ["Alice & Bob", "spread 3"]),
+    "stas, lambda 0.95": ("--gae-lambda 0.95", ["Alice & Bob", "spread 3"]),
+    "stas, learning rate 1e-4": ("--learning-rate 1e-4", ["Alice & Bob", "spread 3"]),
+    "stas, gamma 1": ("--gamma 1", ["Alice & Bob"]),
+    "stas, adv-eps 1e-8": ("--adv-eps 1e-8", ["Alice & Bob"]),
 }
-ALL = " ".join([ROWS["stas, conserve none"], *(flags for flags, _ in DEPARTURES.values())])
-DEPARTURES["stas, all of these"] = (ALL, BOTH)
-ROWS |= {name: flags for name, (flags, _) in DEPARTURES.items()}
+ALL = " ".join([ROWS["stas, conserve none"], *(flags for flags, _ in SETTINGS.values())])
+SETTINGS |= {
+    "stas, all of these": (ALL, ["Alice & Bob", "spread 3"]),
+    "stas, 1 coalition": ("--mc-samples 1", ["spread 3"]),
+    "stas, 3 coalitions": ("--mc-samples 3", ["spread 3"]),
+    "stas, 10 coalitions": ("--mc-samples 10", ["spread 3"]),
+    "stas, centralized critic": ("--critic centralized", ["spread 3"]),
+    "stas, 8 updates": ("--decomposer-updates 8", ["pursuit"]),
+}
+ROWS |= {name: flags for name, (flags, _) in SETTINGS.items()}
+HEADLINE = ["stas", "STAS-ML", "stas, conserve none", "stas, coalition all", "temporal", "uniform", "episodic"]
 FOUND = 0.9  # the treasure rate in Alice & Bob that counts as learned
 
 
@@ -85,7 +92,7 @@ class Args:
     tasks: list[Literal[tuple(TASKS)]] = field(default_factory=lambda: GRID)
     """tables to make"""
     rows: list[Literal[tuple(ROWS)]] = field(
-        default_factory=lambda: [r for r in ROWS if "share" not in r and r not in DEPARTURES]
+        default_factory=lambda: [r for r in ROWS if "share" not in r and r not in SETTINGS]
     )
     """rows of each table"""
     seeds: list[int] = field(default_factory=list)
@@ -115,9 +122,9 @@ def flags_of(args: Args, task: str, row: str) -> str:
 
 
 def fits(task: str, row: str) -> bool:
-    """DEPARTURES name their tasks; exact Shapley values and differences are known in spread; STAS-ML is for MPE."""
-    if row in DEPARTURES:
-        return task in DEPARTURES[row][1]
+    """SETTINGS name their tasks; exact Shapley values and differences are known in spread; STAS-ML is for MPE."""
+    if row in SETTINGS:
+        return task in SETTINGS[row][1]
     if row in ("shapley", "difference"):
         return task.startswith("spread")
     return row != "STAS-ML" or TASKS[task][0] == MPE
@@ -155,8 +162,8 @@ def run(args: Args, task: str, row: str, seed: int) -> None:
     }
     columns = {"step": "global_step", "return": "charts/episodic_return"}
     thin = metrics[:: max(1, len(metrics) // 60)]
-    append(args.results / "learning.csv", [result])
     append(args.results / "learning_curves.csv", [key | {k: each[v] for k, v in columns.items()} for each in thin])
+    append(args.results / "learning.csv", [result])  # last: this row says that the run is done
     if not args.keep:
         shutil.rmtree(run_dir)
     print(result, flush=True)
@@ -216,7 +223,7 @@ def table(rows: list[dict]) -> str:
         seeds = {row["seed"] for row in runs} & {row["seed"] for row in dense}
         some = ([row for row in each if row["seed"] in seeds] for each in (runs, dense))
         part, whole = (paired(each, episodic, "training_return") for each in some)
-        shown = len(whole) == 1 or len(whole) > 1 and ttest_1samp(whole, 0).pvalue < 0.05  # else there is no way to go
+        shown = len(whole) > 1 and ttest_1samp(whole, 0).pvalue < 0.05  # else there is no way to go
         way = f"{np.mean(part) / np.mean(whole):.0%}" if part and shown else "-"
         cells += ["", "", ""] if runs[0]["row"] == "episodic" else [*map(interval, gains), way]
         cells.append(interval(scores_of(runs, dense)))
@@ -268,46 +275,45 @@ def with_interval(statistic, samples: list[list[float]]) -> str:
 
 
 def summary_table(rows: list[dict], tasks: list[str]) -> str:
-    """Scores over the tasks on which a row, `episodic` and `dense` have two seeds or more."""
+    """Over all tasks on which `episodic` and `dense` have two seeds or more, the rows that have as many on each."""
     head = "credit | tasks | interquartile mean of the score | probability of a better end than `episodic`"
     lines = [f"| {head} |", "|---" * 4 + "|"]
     found = [groups([row for row in rows if row["task"] == task]) for task in tasks]
-    for name in dict.fromkeys(name for each in found for name in each):
-        row = next(row for row in ROWS if name == row or name.startswith(f"{row} "))
-        extra = name.removeprefix(row)  # other flags are compared with rows of the same
-        names = [name, f"episodic{extra}", f"dense{extra}"]
-        having = [[values(each.get(n, []), "training_return") for n in names] for each in found]
-        lows = [np.mean(values(each.get(names[2], []), "random_return") or [np.nan]) for each in found]
-        lows = [low for low, some in zip(lows, having) if min(map(len, some)) > 1]
-        having = [some for some in having if min(map(len, some)) > 1]
-        if not having:
+    found = [some for some in found if min(len(some.get(name, [])) for name in ("episodic", "dense")) > 1]
+    lows = [np.mean(values(some["dense"], "random_return")) for some in found]
+
+    def score(*draws) -> np.ndarray:
+        """Of the returns of a row and of `dense` in turns, task by task."""
+        return iqm([normalised(*each) for each in zip(draws[::2], lows, draws[1::2])])
+
+    def chance(*draws) -> np.ndarray:
+        """Of the returns of a row and of `episodic` in turns; every task counts the same."""
+        return np.mean([better(*each) for each in zip(draws[::2], draws[1::2])], axis=0)
+
+    for name in ROWS:
+        if not found or any(len(some.get(name, [])) < 2 for some in found):
             continue
 
-        def score(*draws, lows=lows) -> np.ndarray:
-            """Of the returns of a row and of `dense` in turns, task by task."""
-            return iqm([normalised(*each) for each in zip(draws[::2], lows, draws[1::2])])
+        def against(other: str, name=name) -> list[list[float]]:
+            return [values(some[each], "training_return") for some in found for each in (name, other)]
 
-        def chance(*draws) -> np.ndarray:
-            """Of the returns of a row and of `episodic` in turns; every task counts the same."""
-            return np.mean([better(*each) for each in zip(draws[::2], draws[1::2])], axis=0)
-
-        cells = [f"{name} | {len(having)}", "1 by definition", ""]
-        if row != "dense":
-            cells[1] = with_interval(score, [sample for own, _, dense in having for sample in (own, dense)])
-        if row != "episodic":
-            cells[2] = with_interval(chance, [sample for own, other, _ in having for sample in (own, other)])
+        cells = [f"{name} | {len(found)}", "1 by definition", ""]
+        if name != "dense":
+            cells[1] = with_interval(score, against("dense"))
+        if name != "episodic":
+            cells[2] = with_interval(chance, against("episodic"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def score_table(rows: list[dict]) -> str:
-    """The scores of every task, with the number of seeds, of the credits that have some; of `dense` they are 1."""
+    """The scores of every task, with the number of seeds, of the kinds of credit in HEADLINE that have some."""
     cells: dict[str, dict[str, str]] = {}  # of every task, by the row of ROWS
     for task in TASKS:
         found = groups([row for row in rows if row["task"] == task])
-        scores = {name: scores_of(found.get(name, []), found.get("dense", [])) for name in ROWS if name != "dense"}
+        scores = {name: scores_of(found.get(name, []), found.get("dense", [])) for name in HEADLINE}
         cells[task] = {name: f"{interval(some)} ({len(some)})" for name, some in scores.items() if some}
-    names = [name for name in ROWS if any(name in some for some in cells.values())]
+    names = [name for name in HEADLINE if any(name in some for some in cells.values())]
     lines = [f"| task | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [
         f"| {task} | {' | '.join(some.get(name, '') for name in names)} |" for task, some in cells.items() if some
@@ -349,7 +355,7 @@ def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> 
         results = groups([row for row in rows if row["task"] == task])
         for name, some in groups([row for row in curves if row["task"] == task]).items():
             if name not in results:
-                continue  # broken off between the two files
+                continue  # all its runs were broken off between the two files
             steps, lines = curves_of(some)
             pace = np.mean([float(row["seconds"]) / float(row["steps"]) for row in results[name]])
             for axis, x in zip((upper, lower), (steps / 1000, steps * pace)):
@@ -366,6 +372,7 @@ def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> 
     figure.suptitle(
         "Learning by kind of credit: mean over seeds, band from the lowest to the highest seed", fontsize=11
     )
+    order = [name for name in order if name in shown]
     figure.legend([shown[name] for name in order], order, loc="outside lower center", ncols=min(6, len(order)))
     figure.savefig(path, dpi=110)
 
@@ -401,7 +408,7 @@ def draw_overview(curves: list[dict], path: Path) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    (check_seeds if args.seeds else check_flags)(args)
+    check_flags(args)
     if args.smoke and args.results.resolve().is_relative_to(RESULTS):
         sys.exit("error: --smoke: must come with a --results folder of its own")
     seeds = {task: args.seeds or range(1, (2 if args.smoke else TASKS[task][2]) + 1) for task in args.tasks}
@@ -419,7 +426,7 @@ if __name__ == "__main__":
         if TASKS[task][0] == ALICEBOB:
             print(f"\n{treasure_table(some)}")
     # Settings have their lines in the tables above; from here on kinds of credit are compared.
-    rows, curves = ([row for row in each if row["row"] not in DEPARTURES] for each in (rows, curves))
+    rows, curves = ([row for row in each if row["row"] not in SETTINGS] for each in (rows, curves))
     if rows:
         print(f"\nScores:\n\n{score_table(rows)}")
         print(f"\nOver all tasks of the grid:\n\n{summary_table(rows, GRID)}")

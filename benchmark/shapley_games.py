@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from common import RESULTS, ROOT, check_seeds, draw_ranges, in_processes, missing, read
+from common import RESULTS, ROOT, check_flags, draw_ranges, in_processes, missing, read
 
 sys.path.insert(0, str(ROOT))
 from evaluate import explained_variance
@@ -31,7 +31,7 @@ NAMES = {STAS: "STAS", ML: "STAS-ML"}
 @dataclass
 class Args:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
-    """seeds, 1 to 10 of them"""
+    """seeds"""
     num_agents: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6])
     """numbers of agents"""
     updates: int = 1000
@@ -154,7 +154,7 @@ def report(args: Args, rows: list[dict]) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    check_seeds(args)
+    check_flags(args)
     if not args.report:
         measure(args)
     rows = read(args.results / "shapley_games.csv")

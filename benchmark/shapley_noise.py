@@ -15,7 +15,7 @@ import matplotlib.figure
 import numpy as np
 import torch
 import tyro
-from common import RESULTS, ROOT, check_seeds, draw_ranges, in_processes, missing, read, run_all, train
+from common import RESULTS, ROOT, check_flags, draw_ranges, in_processes, missing, read, run_all, train
 
 sys.path.insert(0, str(ROOT))
 from run_folder import load_run
@@ -25,7 +25,7 @@ from stas_ippo_mpe import Decomposer, make_env, make_networks, sample_coalitions
 @dataclass
 class Args:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
-    """seeds of the training runs, 1 to 10 of them"""
+    """seeds of the training runs"""
     num_agents: list[int] = field(default_factory=lambda: [3, 6, 15])
     """numbers of agents"""
     draws: int = 200
@@ -162,7 +162,7 @@ def report(args: Args, rows: list[dict]) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    check_seeds(args)
+    check_flags(args)
     if not args.report:
         measure(args)
     rows = read(args.results / "shapley_noise.csv")

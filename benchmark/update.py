@@ -1,36 +1,29 @@
-"""Time of a decomposer update now against that of an earlier commit, in turns; to be run on an idle machine.
+"""Time of a decomposer update against the number of coalitions, with the default settings; for an idle machine.
 
-    python benchmark/update.py                      # what is missing, against the commit before updates were made fast
-    python benchmark/update.py --against HEAD~3
-    python benchmark/update.py --report             # only the table
-
-"same size" updates both on 128 episodes with one temporal layer, width 64, 4 heads and M = 5. "default" takes each
-script's own settings, of which today's are a batch of 32 episodes and a width of 32. Needs the repository's history.
+python benchmark/update.py
+python benchmark/update.py --report    # only the table
 """
 
-import importlib.util
-import subprocess
 import sys
-import tempfile
+import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
-from common import RESULTS, ROOT, append, medians_in_turns, missing, random_episodes, read, updater
+from common import RESULTS, ROOT, append, missing, read
 
 sys.path.insert(0, str(ROOT))
-import stas_ippo_mpe
+from stas_ippo_mpe import Args as Flags
+from stas_ippo_mpe import Decomposer, make_env
 
-SIZES = {"same size": dict(emb_dim=64, num_heads=4, num_layers=1, decomposer_batch_size=128), "default": {}}
+SAMPLES = (1, 5, 10)  # coalitions
 
 
 @dataclass
 class Args:
-    against: str = "53beed2"
-    """commit to compare with"""
     num_agents: list[int] = field(default_factory=lambda: [3, 6, 15])
     """numbers of agents"""
     threads: list[int] = field(default_factory=lambda: [1, 2])
@@ -43,49 +36,45 @@ class Args:
     """run nothing"""
 
 
-def load(commit: str):
-    """The script stas_ippo_mpe.py of a commit, as a module beside today's environments."""
-    source = subprocess.run(["git", "show", f"{commit}:stas_ippo_mpe.py"], cwd=ROOT, capture_output=True, check=True)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "earlier.py"
-        path.write_bytes(source.stdout)
-        spec = importlib.util.spec_from_file_location("earlier", path)
-        module = sys.modules["earlier"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.fused = b"fused=True" in source.stdout  # its Adam; today's is
-    return module
+def updater(num_agents: int, samples: int):
+    """update() makes one update of a new decomposer on random episodes of `spread`, and returns its milliseconds."""
+    args = Flags(num_agents=num_agents, mc_samples=samples)
+    env = make_env(args, args.decomposer_batch_size)
+    E, T, N = env.num_envs, env.horizon, env.num_agents
+    obs, act = torch.randn(E, T, N, env.obs_dim), torch.randint(env.num_actions, (E, T, N))
+    valid, returns = torch.ones(E, T, dtype=torch.bool), torch.randn(E)
+    decomposer = Decomposer(args, env)
+    optimizer = torch.optim.Adam(decomposer.parameters(), lr=args.decomposer_lr, fused=True)
+
+    def update() -> float:
+        start = time.perf_counter()
+        loss = F.mse_loss(decomposer(obs, act, valid).sum(dim=(1, 2)), returns)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return 1000 * (time.perf_counter() - start)
+
+    return update
 
 
-def update_of(module, num_agents: int, samples: int, size: str):
-    """A function that makes one update of a new decomposer on random episodes, and returns its milliseconds."""
-    args = module.Args(num_agents=num_agents, mc_samples=samples, **SIZES[size])
-    obs_dim = module.make_env(args, 1).obs_dim
-    env = SimpleNamespace(obs_dim=obs_dim, num_actions=5, num_agents=num_agents, horizon=25, continuous=False)
-    episodes = random_episodes(args.decomposer_batch_size, 25, num_agents, obs_dim)
-    return partial(updater(module.Decomposer(args, env), getattr(module, "fused", True)), *episodes)
-
-
-def measure(args: Args, earlier, num_agents: int, threads: int, size: str) -> dict[str, float]:
-    """Median milliseconds of an update: earlier, now, and now with one and with ten coalitions."""
+def measure(num_agents: int, threads: int, turns: int) -> dict[str, float]:
+    """Median milliseconds of an update with each number of coalitions, in turns, the first three to warm up."""
     torch.set_num_threads(threads)
-    compared = {"earlier": (earlier, 5), "now": (stas_ippo_mpe, 5), "M = 1": (stas_ippo_mpe, 1)}
-    compared |= {"M = 10": (stas_ippo_mpe, 10)}
-    updates = [update_of(module, num_agents, samples, size) for module, samples in compared.values()]
-    medians = medians_in_turns(updates, args.updates, warm_up=3)
-    return {name: round(ms, 2) for name, ms in zip(compared, medians)}
+    updates = [updater(num_agents, samples) for samples in SAMPLES]
+    times = np.median([[update() for update in updates] for _ in range(turns + 3)][3:], axis=0)
+    return {f"M = {samples}": round(ms, 2) for samples, ms in zip(SAMPLES, times.tolist())}
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
     args.results.mkdir(parents=True, exist_ok=True)
-    path, keys = args.results / "update.csv", ("against", "num_agents", "threads", "size")
-    jobs = [(args.against, n, threads, size) for size in SIZES for n in args.num_agents for threads in args.threads]
-    jobs = [] if args.report else missing(path, keys, jobs)
-    earlier = load(args.against) if jobs else None
-    for job in jobs:
-        append(path, [dict(zip(keys, job)) | measure(args, earlier, *job[1:])])
-    print("| size | agents | threads | earlier | now | now / earlier | M = 10 / M = 1 |", "|---" * 7 + "|", sep="\n")
+    path, keys = args.results / "update.csv", ("num_agents", "threads")
+    jobs = [(n, threads) for n in args.num_agents for threads in args.threads]
+    for job in [] if args.report else missing(path, keys, jobs):
+        append(path, [dict(zip(keys, job)) | measure(*job, args.updates)])
+    names = [f"M = {samples}" for samples in SAMPLES]
+    print(f"| agents | threads | {' | '.join(names)} | M = 10 / M = 1 |", "|---" * 6 + "|", sep="\n")
     for row in read(path):
-        ratios = f"{float(row['now']) / float(row['earlier']):.2f} | {float(row['M = 10']) / float(row['M = 1']):.3f}"
-        times = f"{float(row['earlier']):.1f} ms | {float(row['now']):.1f} ms"
-        print(f"| {row['size']} | {row['num_agents']} | {row['threads']} | {times} | {ratios} |")
+        cells = [f"{float(row[name]):.1f} ms" for name in names]
+        ratio = float(row["M = 10"]) / float(row["M = 1"])
+        print(f"| {row['num_agents']} | {row['threads']} | {' | '.join(cells)} | {ratio:.3f} |")

@@ -67,22 +67,6 @@ def test_what_pays_an_agent_that_goes_to_the_free_landmark(benchmark_of):
     assert (credits["dense"] - credits["difference"]).std().item() == pytest.approx(0, abs=1e-9)
 
 
-def test_unknown_game(benchmark_of):
-    with pytest.raises(ValueError, match="game"):
-        benchmark_of("shapley_games").game("chess", torch.ones(3))
-
-
-def test_steps_to_pass_waits_for_a_mean_of_five(benchmark_of):
-    steps_to_pass = benchmark_of("shapley_training").steps_to_pass
-    returns = [-30, -30, -19, -30, -30, -19, -19, -19, -19, -19, -19]
-    assert steps_to_pass([1000 * (i + 1) for i in range(11)], returns) == 10_000
-    assert steps_to_pass([1, 2, 3, 4, 5, 6], [-10, -10, -30, -30, -30, -20.5]) == math.inf
-
-
-def test_exponent(benchmark_of):
-    assert benchmark_of("shapley_cost").exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
-
-
 def test_independent_coalitions_have_no_pairs(benchmark_of):
     masks, weights = benchmark_of("shapley_noise").independent_coalitions("bernoulli", 2, 500, 4)
     assert weights.tolist() == [0.5, 0.5]
@@ -193,7 +177,7 @@ def test_settings_are_never_averaged_in_silently(benchmark_of, tmp_path):
     assert {name: len(runs) for name, runs in names.items()} == dict.fromkeys(
         ("stas", "stas --mc-samples 20", "STAS-ML", "STAS-ML --mc-samples 20"), 2
     )
-    for program in ("learning", "shapley_training", "shapley_noise"):
+    for program in ("learning", "shapley_noise"):
         command = [sys.executable, str(ROOT / "benchmark" / f"{program}.py"), "--flags=--mc-samples 20"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 1 and "--results" in result.stderr and len(result.stderr.splitlines()) == 1

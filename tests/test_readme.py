@@ -109,17 +109,12 @@ def test_benchmark_commands(command, tmp_path):
             *["--tasks", "spread 3", "simple_reference", "Alice & Bob", "--rows", "stas", "shapley", "--seeds", "1"],
             f"--flags={TINY[MPE]}",
         ],
-        "benchmark/update.py": "--against HEAD --num-agents 3 --threads 1 --updates 2".split(),
+        "benchmark/update.py": "--num-agents 3 --threads 1 --updates 2".split(),
         "benchmark/scaling.py": (
             "--env-id mpe2.simple_reference_v3 --copies 1 2 --turns 1 --min-seconds 0.01 --total-timesteps 3300"
         ).split(),
         "benchmark/simulator.py": "--num-agents 3 --num-envs 1 8 --turns 1 --min-seconds 0.01".split(),
-        "benchmark/shapley_training.py": [
-            *"--seeds 1 --mc-samples 5 --num-layers 1 --scenarios spread --critic-agents 3".split(),
-            f"--flags={TINY[MPE]}",
-        ],
         "benchmark/shapley_noise.py": [*"--seeds 1 --num-agents 3 --draws 5".split(), f"--flags={TINY[MPE]}"],
-        "benchmark/shapley_cost.py": "--num-agents 3 --steps 25 --updates 2".split(),
         "benchmark/shapley_games.py": "--seeds 1 --num-agents 2 --updates 3".split(),
     }
     _, program, *flags = shlex.split(command)
