@@ -307,13 +307,18 @@ def summary_table(rows: list[dict], tasks: list[str]) -> str:
 
 
 def score_table(rows: list[dict]) -> str:
-    """The scores of every task, with the number of seeds, of the kinds of credit in HEADLINE that have some."""
+    """The scores of every task, with the number of seeds, of the kinds of credit in HEADLINE that have some.
+
+    Runs with other flags or threads are not in it; if there are only such, it is empty.
+    """
     cells: dict[str, dict[str, str]] = {}  # of every task, by the row of ROWS
     for task in TASKS:
         found = groups([row for row in rows if row["task"] == task])
         scores = {name: scores_of(found.get(name, []), found.get("dense", [])) for name in HEADLINE}
         cells[task] = {name: f"{interval(some)} ({len(some)})" for name, some in scores.items() if some}
     names = [name for name in HEADLINE if any(name in some for some in cells.values())]
+    if not names:
+        return ""
     lines = [f"| task | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [
         f"| {task} | {' | '.join(some.get(name, '') for name in names)} |" for task, some in cells.items() if some
@@ -427,9 +432,10 @@ if __name__ == "__main__":
             print(f"\n{treasure_table(some)}")
     # Settings have their lines in the tables above; from here on kinds of credit are compared.
     rows, curves = ([row for row in each if row["row"] not in SETTINGS] for each in (rows, curves))
-    if rows:
-        print(f"\nScores:\n\n{score_table(rows)}")
+    if scores := score_table(rows):
+        print(f"\nScores:\n\n{scores}")
         print(f"\nOver all tasks of the grid:\n\n{summary_table(rows, GRID)}")
+    if rows:
         draw_overview(curves, args.results / "overview.png")
         draw(rows, curves, GRID, args.results / "learning.png")
         draw(rows, curves, list(TASKS)[len(GRID) :], args.results / "learning_pettingzoo.png")
