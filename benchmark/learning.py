@@ -290,18 +290,16 @@ def summary_table(rows: list[dict], tasks: list[str]) -> str:
         """Of the returns of a row and of `episodic` in turns; every task counts the same."""
         return np.mean([better(*each) for each in zip(draws[::2], draws[1::2])], axis=0)
 
-    for name in ROWS:
-        if not found or any(len(some.get(name, [])) < 2 for some in found):
-            continue
+    def returns(*names: str) -> list[list[float]]:
+        """Of these rows in turns, task by task."""
+        return [values(some[name], "training_return") for some in found for name in names]
 
-        def against(other: str, name=name) -> list[list[float]]:
-            return [values(some[each], "training_return") for some in found for each in (name, other)]
-
+    for name in [name for name in ROWS if found and all(len(some.get(name, [])) > 1 for some in found)]:
         cells = [f"{name} | {len(found)}", "1 by definition", ""]
         if name != "dense":
-            cells[1] = with_interval(score, against("dense"))
+            cells[1] = with_interval(score, returns(name, "dense"))
         if name != "episodic":
-            cells[2] = with_interval(chance, against("episodic"))
+            cells[2] = with_interval(chance, returns(name, "episodic"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
