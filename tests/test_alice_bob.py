@@ -318,8 +318,14 @@ def test_one_hot_observations_say_the_same():
 
 
 def test_pettingzoo_api_and_seed():
-    parallel_api_test(parallel_env(), num_cycles=200)
     parallel_seed_test(parallel_env)
+    for one_hot in (False, True):
+        env = parallel_env(one_hot=one_hot)
+        parallel_api_test(env, num_cycles=200)
+        seen = [env.reset()[0]]
+        while env.agents:  # until the horizon, bumping into walls
+            seen.append(env.step({"alice": 0, "bob": 2})[0])
+        assert all(env.observation_space(agent).contains(obs) for step in seen for agent, obs in step.items())
 
 
 def test_pettingzoo_render_in_every_mode():

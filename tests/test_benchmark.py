@@ -67,6 +67,11 @@ def test_what_pays_an_agent_that_goes_to_the_free_landmark(benchmark_of):
     assert (credits["dense"] - credits["difference"]).std().item() == pytest.approx(0, abs=1e-9)
 
 
+def test_unknown_game(benchmark_of):
+    with pytest.raises(ValueError, match="game"):
+        benchmark_of("shapley_games").game("chess", torch.ones(3))
+
+
 def test_independent_coalitions_have_no_pairs(benchmark_of):
     masks, weights = benchmark_of("shapley_noise").independent_coalitions("bernoulli", 2, 500, 4)
     assert weights.tolist() == [0.5, 0.5]
