@@ -10,6 +10,7 @@ The recipe, which is all there is to data-parallel training:
 In a process that torchrun has not started all of this does nothing.
 """
 
+import atexit
 import os
 
 import torch
@@ -31,6 +32,7 @@ def connect(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)  # else its threads may outlive the interpreter: an abort at the end
     return device
 
 

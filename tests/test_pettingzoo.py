@@ -361,7 +361,8 @@ def test_two_processes_make_the_gradient_of_one(tmp_path):
 
 
 DRIVER = f"""
-import runpy, sys, torch
+import atexit, runpy, torch
+atexit.register(lambda: print("all threads ended:", not torch.distributed.is_initialized()))
 end = runpy.run_path({str(ROOT / PETTINGZOO)!r}, run_name="__main__")
 torch.save(end["agent"].state_dict() | end["decomposer"].state_dict(), f"weights-{{end['RANK']}}.pt")
 """
@@ -391,7 +392,8 @@ def test_a_run_of_two_processes_that_loses_one_resumes_to_the_digit(tmp_path):
     weights = []
     for flags in ("--resume part", "--run-dir whole"):
         run = torchrun(f"{flags} --total-timesteps {steps}", tmp_path)
-        assert run.wait(180) == 0, run.stdout.read()
+        output, _ = run.communicate(timeout=180)
+        assert run.returncode == 0 and output.count("all threads ended: True") == 2, output
         weights += [torch.load(tmp_path / f"weights-{rank}.pt") for rank in range(2)]
     assert read_metrics(tmp_path / "part") == read_metrics(tmp_path / "whole")
     for other in weights[1:]:  # of both processes and both runs
