@@ -10,6 +10,7 @@ From the script that config.json names it takes `Args`, `METRICS`, `make_env`, `
 `decompose`.
 """
 
+import contextlib
 import csv
 import importlib
 import json
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
@@ -66,13 +67,20 @@ def measure_credits(args, decompose: Callable, episodes: dict, credits: torch.Te
     return metrics | {"decomposer/credit_std": draws.std(dim=0)[valid[:32]].mean().item()}
 
 
+def picture_of(env) -> np.ndarray | None:
+    """What env.render() shows, None if it cannot; a run must not lose its evaluation over that."""
+    with contextlib.suppress(Exception):  # whatever code that is not ours raises
+        frame = env.render()
+        return frame if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 else None
+
+
 @torch.no_grad()
 def play_episode(env, policy=None, seed: int | None = None, frames: list | None = None) -> dict[str, torch.Tensor]:
     """Play one episode of a PettingZoo ParallelEnv.
 
     Args:
         policy: maps obs (N, O) to act (N,) or (N, A); None plays uniformly at random.
-        frames: collects the picture of every state, and then the environment's `oracles` are collected too.
+        frames: collects the picture of every state or None, and then the environment's `oracles` are collected too.
     Returns:
         obs (1, T, N, O), act (1, T, N) or (1, T, N, A), team_reward and valid (1, T), terminated (1,), oracles
         (1, T, N).
@@ -81,7 +89,7 @@ def play_episode(env, policy=None, seed: int | None = None, frames: list | None 
     next_obs, _ = env.reset(seed=seed)
     while True:
         if frames is not None:
-            frames.append(env.render())
+            frames.append(picture_of(env))
         if not env.agents:
             break
         obs = torch.as_tensor(np.stack([next_obs[name] for name in agents]), dtype=torch.float32)
@@ -145,6 +153,7 @@ def draw_credits(path: Path, credits: np.ndarray, leftover: float | None, reward
     limit = max(float(np.abs(credits).max()), 1e-8)
     image = heat.imshow(credits.T, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
     heat.set(xlabel="step", yticks=range(N), yticklabels=env.possible_agents, xlim=(-0.5, T - 0.5))
+    heat.xaxis.set_major_locator(MaxNLocator(integer=True))
     for step, agent, text in marks:
         dark = abs(credits[step, agent]) > 0.6 * limit
         heat.text(step, agent, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
@@ -226,9 +235,11 @@ def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, check
     reward = episode["team_reward"][0].numpy()
     draw_credits(run_dir / "credit.png", credits[0].numpy(), leftover, reward, env, title, marks)
     pictures = ["learning_curve.png", "credit.png"]
-    images = [Image.fromarray(frame) for frame in frames if isinstance(frame, np.ndarray)]  # some have no pictures
+    images = [Image.fromarray(frame) for frame in frames if frame is not None]
     if images:
-        durations = [1000 // env.metadata["render_fps"]] * (len(images) - 1) + [2000]  # rest on the last picture
+        durations = [1000 // env.metadata.get("render_fps", 10)] * (len(images) - 1) + [
+            2000
+        ]  # rest on the last picture
         gif = dict(save_all=True, append_images=images[1:], duration=durations, loop=0, format="gif")
         write_file(run_dir / "episode.gif", lambda path: images[0].save(path, **gif))
         pictures.append("episode.gif")
@@ -237,7 +248,8 @@ def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, check
     report = ", ".join(
         f"{key} {summary[f'eval/{key}']:.2f} (random team {summary[f'random/{key}']:.2f})" for key in shown
     )
-    return f"{report} on PettingZoo over {episodes} episodes; see {run_dir}"
+    none = "" if images else " (no episode.gif: its render() gives no pictures)"
+    return f"{report} on PettingZoo over {episodes} episodes; see {run_dir}{none}"
 
 
 @dataclass

@@ -69,11 +69,11 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def fail_flag(error: ValueError | EnvFailure) -> NoReturn:
-    """The same for an error "name value: must be ..." about a flag, or of the environment; any other is raised."""
+    """The same for an error "name value: must ..." about a flag, or of the environment; any other is raised."""
     if isinstance(error, EnvFailure):
         fail(str(error))
     name, _, rest = str(error).partition(" ")
-    if ": must be " not in rest:
+    if ": must " not in rest:
         raise error
     fail(f"--{name.replace('_', '-')} {rest}")
 
@@ -136,6 +136,8 @@ def parse_flags(Args: type, file: str, processes: int = 1) -> tuple:
     """Flags of the script `file` from the command line, config.json, and the checkpoint to resume from, if any."""
     release_signals()  # from here on until training begins, Ctrl-C ends at once and quietly
     script = os.path.basename(file)
+    if script not in SCRIPTS:  # a copy of one
+        fail(f"{script}: must be named stas_*.py and lie beside run_folder.py, where evaluate.py looks for it")
     args, config, checkpoint = tyro.cli(Args), {"script": script, "processes": processes}, None
     if args.resume is not None:  # the saved flags win, but for three
         saved, config, checkpoint = load_run(Path(args.resume), "--resume", [script])

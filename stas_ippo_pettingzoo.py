@@ -57,7 +57,7 @@ class Args:
     eval_episodes: int = 100  # episodes of the final evaluation
 
     # The environment
-    env_id: str = "mpe2.simple_reference_v3"  # [the environment] module with a function parallel_env
+    env_id: str = "mpe2.simple_reference_v3"  # [the environment] module with a parallel_env, here or on PYTHONPATH
     env_kwargs: str = "{}"  # options of parallel_env, a JSON object, such as '{"local_ratio": 0.5}'
     horizon: int = 25  # steps of an episode; the environment's own limit must not come before it
     env_workers: int = 0  # processes that play the environments (0: this one)
@@ -511,8 +511,8 @@ if __name__ == "__main__":
     if RANK == 0:
         run_dir = run_folder.open_run_dir(args, run_name, config)
         csv_file, csv_writer, writer, bar = run_folder.open_logs(args, run_dir, METRICS, global_step, csv_position)
-        if env.rewards_differ:
-            print("the agents' rewards differ: the team's is their mean")
+        for remark in env.remarks():
+            print(remark)
     start_time = time.time() - wall_time
     signals = run_folder.catch_signals()
 

@@ -13,7 +13,9 @@ import contextlib
 import importlib
 import json
 import multiprocessing
+import os
 import signal
+import traceback
 
 import numpy as np
 import torch
@@ -26,7 +28,8 @@ from envs import EnvFailure, check_action
 def load(env_id: str, env_kwargs: dict | str, **more) -> ParallelEnv:
     """parallel_env(**env_kwargs) of a module, the options also as a JSON object.
 
-    ValueError "env_id ...: must be ..." or "env_kwargs ...: must be ..." if that makes no ParallelEnv.
+    `env_id` is a dotted name, found beside the scripts or on PYTHONPATH. ValueError "env_id ...: must ..." or
+    "env_kwargs ...: must ..." if that makes no ParallelEnv.
     """
     options = parse_options(env_kwargs) if isinstance(env_kwargs, str) else env_kwargs
     try:
@@ -38,7 +41,7 @@ def load(env_id: str, env_kwargs: dict | str, **more) -> ParallelEnv:
     try:
         env = module.parallel_env(**options, **more)
     except Exception as error:  # whatever the environment makes of them
-        raise ValueError(f"env_kwargs {options}: must be options of {env_id} ({one_line(error)})") from error
+        raise ValueError(f"env_kwargs {options}: must be options of {env_id} ({one_line(error, True)})") from error
     if not isinstance(env, ParallelEnv):
         raise ValueError(f"env_id {env_id}: must make a ParallelEnv, not a {type(env).__name__}")
     return env
@@ -52,8 +55,11 @@ def parse_options(text: str) -> dict:
     raise ValueError(f"env_kwargs {text}: must be a JSON object")
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def one_line(error: BaseException, where: bool = False) -> str:
+    """The error, and where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = f" at {os.path.basename(last.filename)}:{last.lineno}" if where else ""
+    return " ".join(f"{type(error).__name__}: {error}".split()) + place
 
 
 class UniformEnv(ParallelEnv):
@@ -67,17 +73,20 @@ class UniformEnv(ParallelEnv):
 
     Raises:
         ValueError: for a space that is of another kind.
-        EnvFailure: if the environment raises, ends at a limit of its own before the horizon, or gives numbers that are
-            not finite; with its name, the seed of the episode and the step.
+        EnvFailure: if the environment raises, ends at a limit of its own before the horizon, leaves out an agent that
+            goes on, or gives numbers that are not finite; with its name, the seed of the episode and the step.
     """
 
     def __init__(self, env: ParallelEnv, env_id: str, horizon: int):
         self.env, self.env_id, self.horizon, self.seed = env, env_id, horizon, None
-        self.possible_agents, self.agents = list(env.possible_agents), []
         self.metadata = {"render_fps": 10, "name": env_id} | (getattr(env, "metadata", None) or {})
         self.render_mode = getattr(env, "render_mode", None)
-        observed = [env.observation_space(agent) for agent in self.possible_agents]
-        acted = [env.action_space(agent) for agent in self.possible_agents]
+        try:
+            self.possible_agents, self.agents = list(env.possible_agents), []
+            observed = [env.observation_space(agent) for agent in self.possible_agents]
+            acted = [env.action_space(agent) for agent in self.possible_agents]
+        except Exception as error:  # attributes that it lacks, among others
+            raise ValueError(f"env_id {env_id}: must have agents and spaces ({one_line(error, True)})") from error
         for agent, space in zip(self.possible_agents, observed):
             if not isinstance(space, Box | Discrete):
                 raise ValueError(f"env_id {env_id}: must have Box or Discrete observations; {agent} has {space}")
@@ -106,7 +115,8 @@ class UniformEnv(ParallelEnv):
         self.agents = list(self.possible_agents)
         self.observed = {agent: np.zeros(self.obs_dim, np.float32) for agent in self.agents}
         with self.blame():
-            self.see(self.env.reset(seed=seed, options=options)[0])
+            observed, _ = self.env.reset(seed=seed, options=options)
+            self.see(observed)
         return dict(self.observed), {agent: {} for agent in self.agents}
 
     def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
@@ -117,13 +127,14 @@ class UniformEnv(ParallelEnv):
             own = {agent: self.own_action(agent, actions[agent]) for agent in self.env.agents}
             observed, earned, terminated, truncated, _ = self.env.step(own)
             self.see(observed)
+            self.check_names("rewards", earned)
             rewards = {agent: float(earned.get(agent, 0)) for agent in self.agents}
             if not np.isfinite(list(rewards.values())).all():
                 raise EnvFailure("a reward is not finite")
-            over = not self.env.agents
+            over = all(terminated.get(agent) or truncated.get(agent) for agent in self.env.agents)  # or there are none
             self.terminated = over and (all(terminated.values()) or not any(truncated.values()))
             if over and not self.terminated and self.t < self.horizon:
-                raise EnvFailure(f"it ends at a limit of its own; --horizon must be at most {self.t}")
+                raise EnvFailure(f"it is truncated; --horizon must be at most {self.t}, or its end a termination")
         self.agents = [] if over or self.t == self.horizon else self.agents
         ends = dict.fromkeys(rewards, self.terminated)
         cut = dict.fromkeys(rewards, not self.terminated and self.t == self.horizon)
@@ -139,14 +150,23 @@ class UniformEnv(ParallelEnv):
 
     def see(self, observed: dict) -> None:
         """Keep the flat observations of the agents that are there."""
+        self.check_names("observations", observed)
         for agent, obs in observed.items():
             space = self.env.observation_space(agent)
+            if isinstance(space, Discrete) and not space.contains(obs):
+                raise EnvFailure(f"an observation of {agent} is {obs}, not in {space}")
             flat = flatten(space, obs)
             if len(flat) != flatdim(space):
                 raise EnvFailure(f"an observation of {agent} has {len(flat)} numbers, its space {flatdim(space)}")
             if not np.isfinite(flat.astype(np.float16)).all():  # which replay buffers hold
                 raise EnvFailure(f"an observation of {agent} is not finite, or beyond 65,504")
             self.observed[agent] = np.pad(flat.astype(np.float32), (0, self.obs_dim - len(flat)))
+
+    def check_names(self, what: str, given: dict) -> None:
+        """EnvFailure unless all agents that go on are given something."""
+        for agent in self.env.agents:
+            if agent not in given:
+                raise EnvFailure(f"there are no {what} of {agent}, only of {', '.join(map(str, given))}")
 
     @contextlib.contextmanager
     def blame(self):
@@ -155,7 +175,7 @@ class UniformEnv(ParallelEnv):
             with np.errstate(over="ignore"):
                 yield
         except Exception as error:
-            what = str(error) if isinstance(error, EnvFailure) else one_line(error)
+            what = str(error) if isinstance(error, EnvFailure) else one_line(error, True)
             raise EnvFailure(f"{self.env_id}, seed {self.seed}, step {self.t}: {what}") from error
 
     def render(self) -> np.ndarray | None:
@@ -215,7 +235,7 @@ class PettingZooEnv:
         env_id: a module with a function parallel_env. env_kwargs: its options, in a dictionary or as a JSON object.
         num_envs: E. horizon: steps of an episode, T; a limit of the environment's own must not come before it.
         num_workers: processes that the copies are shared out to (0: all in this one).
-    The team reward is the mean of the agents' rewards; `rewards_differ` is True once they were not all alike.
+    The team reward is the mean of the agents' rewards.
     """
 
     def __init__(
@@ -224,10 +244,10 @@ class PettingZooEnv:
         one = UniformEnv(load(env_id, env_kwargs), env_id, horizon)
         self.num_agents, self.obs_dim, self.num_actions = len(one.possible_agents), one.obs_dim, one.num_actions
         self.continuous, self.horizon, self.num_envs = one.continuous, horizon, num_envs
-        self.device, self.rewards_differ = torch.device(device), False
+        self.device, self.rewards_differ, self.rewarded = torch.device(device), False, False
         self.action_mask = torch.as_tensor(one.action_mask, device=self.device)
         one.close()
-        self.seeds = np.random.default_rng()
+        self.seeds, self.t = np.random.default_rng(), 0
         self.parts = np.array_split(np.arange(num_envs), max(1, min(num_workers, num_envs)))  # which copies are where
         settings = [(env_id, env_kwargs, horizon, len(part)) for part in self.parts]
         self.pipes, self.copies = [], None
@@ -276,12 +296,21 @@ class PettingZooEnv:
         self.t += 1
         obs, rewards, terminated = self.call("step", act.cpu().numpy())
         self.rewards_differ |= bool((rewards != rewards[:, :1]).any())
+        self.rewarded |= bool(rewards.any())
         self.obs = torch.as_tensor(obs, device=self.device)
         self.terminated = torch.as_tensor(terminated, device=self.device)
         return self.obs, torch.as_tensor(rewards.mean(axis=1), device=self.device), self.terminated.clone()
 
     def observe(self) -> torch.Tensor:
         return self.obs
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the episodes so far."""
+        remarks = {
+            "the agents' rewards differ: the team's is their mean": self.rewards_differ,
+            f"no episode met a reward before training: is --horizon {self.horizon} long enough?": not self.rewarded,
+        }
+        return [text for text, holds in remarks.items() if holds and self.t > 0]
 
 
 def make(env_id: str, num_envs: int, horizon: int, device="cpu", num_workers: int = 0, **env_kwargs) -> PettingZooEnv:
@@ -290,8 +319,10 @@ def make(env_id: str, num_envs: int, horizon: int, device="cpu", num_workers: in
 
 
 def make_parallel_env(env_id: str, horizon: int, env_kwargs: dict | str, render_mode: str | None = None) -> UniformEnv:
-    """One copy, to be evaluated on; without pictures if the environment has none."""
+    """One copy, to be evaluated on; without pictures if the environment has none, which is told."""
     try:
         return UniformEnv(load(env_id, env_kwargs, render_mode=render_mode), env_id, horizon)
     except ValueError:
+        if render_mode is not None:
+            print(f"no pictures: {env_id}.parallel_env takes no render_mode={render_mode!r}")
         return UniformEnv(load(env_id, env_kwargs), env_id, horizon)

@@ -42,6 +42,8 @@ class Walk(ParallelEnv):
                 "b": Box(0, 1, (1,)),
                 "c": Box(np.array([[-2, 0]]), np.array([[2, 4]])),
             }
+        if fault == "space":
+            self.spaces["c"] = MultiBinary(3)
         self.taken, self.seed = [], 0
 
     def observation_space(self, agent):
@@ -66,17 +68,31 @@ class Walk(ParallelEnv):
         observed, before = self.observe(), self.agents
         if self.fault == "nan":
             observed["a"] = np.full((2, 2), np.nan)
+        if self.fault == "unseen":
+            observed.pop("c")
+        if self.fault == "unknown":
+            observed["b"] = 9
         over = self.limit > 0 and self.t == self.limit
         won = any(np.ndim(action) == 0 and action == 1 for action in actions.values())
         gone = {agent: won or (agent == "b" and self.t == 2) for agent in before}
         self.agents = [] if over else [agent for agent in before if not gone[agent]]
+        if self.fault == "stay":
+            self.agents = before
         reward = np.inf if self.fault == "inf" else 3.0
-        rewards = {agent: reward * (agent == "a") for agent in before}
+        rewards = {agent: reward * (agent == "a") for agent in before if self.fault != "unpaid" or agent != "c"}
         return observed, rewards, gone, {agent: over for agent in before}, {agent: {} for agent in before}
 
 
-def parallel_env(**options):
-    return Walk(**options)
+class Blind(Walk):
+    """Takes a render_mode, and has no `render`."""
+
+    def __init__(self, render_mode=None, **options):
+        super().__init__(**options)
+        self.render_mode = render_mode
+
+
+def parallel_env(blind=False, **options):
+    return (Blind if blind else Walk)(**options)
 
 
 HERE = "tests.test_pettingzoo"
@@ -151,8 +167,10 @@ def test_a_batch_freezes_what_has_ended(workers):
 
 @pytest.mark.parametrize(
     "fault, message",
-    [("raise", "seed 5, step 2: KeyError: 'a bug'"), ("nan", "step 1: an observation of a is not finite")]
-    + [("inf", "step 1: a reward is not finite")],
+    [("raise", r"seed 5, step 2: KeyError: 'a bug' at test_pettingzoo\.py:\d+$")]
+    + [("nan", "step 1: an observation of a is not finite"), ("inf", "step 1: a reward is not finite")]
+    + [("unseen", "no observations of c, only of a, b"), ("unpaid", "no rewards of c, only of a, b")]
+    + [("unknown", r"an observation of b is 9, not in Discrete\(3, start=1\)")],
 )
 def test_what_an_environment_does_wrong(fault, message):
     env = walk(fault=fault)
@@ -160,6 +178,33 @@ def test_what_an_environment_does_wrong(fault, message):
     with pytest.raises(EnvFailure, match=message):
         for _ in range(3):
             env.step(dict.fromkeys("abc", 0))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_agents_that_are_still_listed_when_they_have_ended(first):
+    """Against PettingZoo's rules, but common: the episode is over all the same, by action 1 at once."""
+    env = walk(2, fault="stay", limit=2)
+    env.reset(seed=1)
+    for act in (first, 0):
+        if env.agents:
+            _, _, ends, cuts, _ = env.step({"a": act, "b": 0, "c": 0})
+    assert (env.t, env.agents, env.terminated) == (2 - first, [], bool(first)) and all(ends.values()) == bool(first)
+
+
+def test_an_environment_without_agents_or_spaces():
+    with pytest.raises(ValueError, match="env_id walk: must have agents and spaces"):
+        UniformEnv(ParallelEnv(), "walk", 6)
+
+
+def test_remarks():
+    env = make(HERE, num_envs=2, horizon=6)
+    assert env.remarks() == []
+    env.reset(seed=1)
+    act = torch.zeros(2, 3, dtype=torch.int64)
+    env.step(act)
+    assert env.remarks() == ["the agents' rewards differ: the team's is their mean"]
+    env.rewards_differ = env.rewarded = False
+    assert len(env.remarks()) == 1 and "--horizon 6 long enough" in env.remarks()[0]
 
 
 def test_a_worker_tells_what_went_wrong():
@@ -180,10 +225,12 @@ def test_a_worker_that_dies_is_told_in_one_line():
         env.reset(seed=1)
 
 
-def test_an_environment_without_pictures_is_evaluated(run_script, tmp_path):
-    flags = f"--env-id {HERE} --horizon 6 --run-dir run"
+@pytest.mark.parametrize("blind", ["false", "true"])
+def test_an_environment_without_pictures_is_evaluated(blind, run_script, tmp_path):
+    flags = f'--env-id {HERE} --env-kwargs {{"blind":{blind}}} --horizon 6 --run-dir run'
     code, out, err = run_script(f"{TINY[PETTINGZOO]} {flags} --total-timesteps 100", PETTINGZOO)
-    assert code == 0 and "see run" in out, err
+    assert code == 0 and "see run (no episode.gif" in out, err
+    assert ("takes no render_mode='rgb_array'" in out) == (blind == "false")
     assert (tmp_path / "run" / "credit.png").exists() and not (tmp_path / "run" / "episode.gif").exists()
 
 
@@ -298,6 +345,7 @@ BAD = {
     "--horizon 26": "--horizon must be at most 25",
     "--coalition exact --env-id tests.test_pettingzoo --horizon 6 --num-heads 3": "must be a multiple",
     f'--env-id {HERE} --horizon 6 --env-kwargs {{"fault":"nan"}}': "an observation of a is not finite",
+    f'--env-id {HERE} --horizon 6 --env-kwargs {{"fault":"space"}}': "must have Box or Discrete observations; c has",
 }
 
 

@@ -25,7 +25,7 @@ import stas_ml_ippo_mpe
 from envs.alice_bob import AliceBob
 from envs.mpe import make
 from evaluate import play_episode
-from run_folder import COUNTERS, save_checkpoint
+from run_folder import COUNTERS, parse_flags, save_checkpoint
 
 MODULES = {
     ALICEBOB: stas_ippo_alicebob,
@@ -456,6 +456,12 @@ def test_bad_values_end_with_one_line_and_leave_nothing(script, flags, run_scrip
     name, value = flags.split()[:2]
     assert f"{name} " in err and (value if value.isalpha() else value.split("e")[0]) in err and "must be" in err
     assert {path.name for path in tmp_path.iterdir()} == {"full", "file"}
+
+
+def test_a_copy_that_evaluate_would_not_find_ends_at_once(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_flags(stas_ippo_alicebob.Args, "/elsewhere/mine.py")
+    assert capsys.readouterr().err.startswith("error: mine.py: must be named stas_*.py")
 
 
 def test_tracking_without_wandb_is_an_error(script, run_script, monkeypatch, tmp_path):
