@@ -26,11 +26,13 @@ Rules that every environment keeps:
 * `terminated` is sticky: True from the terminating step until the next reset. From then on the episode is frozen: its
   state and observation stay as they are, and it earns 0. Step t is valid if the episode had not terminated before it.
 * The horizon is part of the task: nothing is worth anything after it. Stepping past it raises RuntimeError.
+* What `reset`, `step` and `observe` return are new tensors, which no later step changes: roll-outs keep them.
 * State is kept in plain tensors that anyone may read or set; call `observe` afterwards.
 
 * Optional: `env.oracles()`, what learners must not see of the current state, by name, (E, N) each. A name that is a
   choice of --credit is an oracle credit; `event` (int64) marks cells in credit.png by `env.event_names`, a dictionary
-  of texts, which `env.legend` explains. The ParallelEnv for the evaluation may have the same three.
+  of texts, which `env.legend` explains. `env.picture()` is the first episode, (H, W, 3) uint8. The ParallelEnv for the
+  evaluation may have the former three; `envs.single.SingleEnv(Mine(1), "mine", render_mode)` makes one of any class.
 
 A roll-out of whole episodes is then
 
@@ -39,8 +41,11 @@ A roll-out of whole episodes is then
         valid = ~env.terminated  # (E,), what counts of step t
         obs, team_reward, _ = env.step(policy(obs))
 
-For an environment of your own, write a class with these names, then follow "Your own environment" in the README.
+For an environment of your own, write a class with these names, have `check_env(Mine(8))` try it, then follow "Your own
+environment" in the README.
 """
+
+import torch
 
 
 class EnvFailure(RuntimeError):
@@ -54,3 +59,42 @@ def check_action(env, act) -> None:
     shape = (env.num_envs, env.num_agents, *([env.num_actions] if env.continuous else []))
     if act.shape != shape:
         raise ValueError(f"actions must have shape {shape}, got {tuple(act.shape)}")
+
+
+def check_env(env) -> None:
+    """Play a random episode in each environment; ValueError names the first of the rules above that `env` breaks."""
+
+    def must(hold: bool, rule: str) -> None:
+        if not hold:
+            raise ValueError(f"{type(env).__name__}, step {env.t}: {rule}")
+
+    shape, generator = (env.num_envs, env.num_agents), torch.Generator().manual_seed(0)
+    start = obs = env.reset(seed=1)
+    for t in range(env.horizon):
+        act = torch.randint(env.num_actions, shape, generator=generator)
+        if env.continuous:
+            act = torch.rand(*shape, env.num_actions, generator=generator)
+        before, over = obs.clone(), env.terminated.clone()
+        next_obs, reward, terminated = env.step(act.to(obs.device))
+        for name, values, size, dtype in (
+            ("observations", next_obs, (*shape, env.obs_dim), torch.float32),
+            ("team_reward", reward, shape[:1], torch.float32),
+            ("terminated", terminated, shape[:1], torch.bool),
+        ):
+            found = f"are {tuple(values.shape)} {values.dtype}"
+            must(values.shape == size and values.dtype == dtype, f"{name} must be {size} {dtype}, {found}")
+        must(next_obs.isfinite().all() and reward.isfinite().all(), "observations and team_reward must be finite")
+        must(torch.equal(obs, before), "observations must be new tensors, which no later step changes")
+        still = torch.equal(next_obs[over], obs[over]) and not reward[over].any() and terminated[over].all()
+        must(still, "an episode that has terminated must stay as it is, earn 0 and remain terminated")
+        current = env.t == t + 1 and torch.equal(env.terminated, terminated) and torch.equal(env.observe(), next_obs)
+        must(current, "t, terminated and observe() must be of the current state")
+        obs = next_obs
+    try:
+        env.step(act.to(obs.device))
+    except RuntimeError:
+        pass
+    else:
+        must(False, "step must raise RuntimeError at the horizon")
+    must(torch.equal(env.reset(seed=1), start), "reset must start the same episodes from the same seed")
+    must(env.t == 0 and not env.terminated.any(), "reset must set t and terminated back")

@@ -8,14 +8,13 @@ pay.
 Positions are (row, column), counted from 0 at the top left.
 """
 
-import gymnasium
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pettingzoo import ParallelEnv
 from PIL import Image, ImageDraw, ImageFont
 
 from envs import check_action
+from envs.single import SingleEnv
 
 MAP = [
     "#########",
@@ -179,6 +178,10 @@ class AliceBob:
         """event (E, 2) int64: what each agent did in the last step, by `event_names`."""
         return {"event": self.event.long()}
 
+    def picture(self) -> np.ndarray:
+        """The first episode, (459, 459, 3) uint8."""
+        return draw(self.agent_pos[0].tolist(), self.key_used[0].tolist(), bool(self.terminated[0]))
+
     def _cell(self) -> torch.Tensor:
         return SIZE * self.agent_pos[..., 0] + self.agent_pos[..., 1]  # (E, 2)
 
@@ -186,102 +189,10 @@ class AliceBob:
         return (self.key_used[:, :1] + 2 * self.key_used[:, 1:]).expand(-1, 2)  # (E, 2)
 
 
-class AliceBobParallelEnv(ParallelEnv):
-    """Alice & Bob as a PettingZoo ParallelEnv: `AliceBob` with one episode. Both agents receive the team reward.
-
-    `render_mode="rgb_array"` makes `render` return (459, 459, 3) uint8; "human" shows the same picture in a window.
-    """
-
-    metadata = {
-        "name": "alice_bob_v0",
-        "render_modes": ["human", "rgb_array"],
-        "render_fps": 4,
-        "is_parallelizable": True,
-    }
-
-    def __init__(self, render_mode: str | None = None, one_hot: bool = False):
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode must be None, 'human' or 'rgb_array', got {render_mode!r}")
-        self.possible_agents = ["alice", "bob"]
-        self.agents = []
-        self.render_mode = render_mode
-        self.env = AliceBob(num_envs=1, one_hot=one_hot)
-        self.event_names, self.legend = self.env.event_names, self.env.legend
-        self.window = None
-        limit = 1.0 if one_hot else float(SIZE - 1)
-        space = gymnasium.spaces.Box(-limit, limit, (self.env.obs_dim,), np.float32)
-        self.observation_spaces = dict.fromkeys(self.possible_agents, space)
-        self.action_spaces = {name: gymnasium.spaces.Discrete(len(MOVES)) for name in self.possible_agents}
-
-    def oracles(self) -> dict[str, torch.Tensor]:
-        return self.env.oracles()
-
-    def observation_space(self, agent: str) -> gymnasium.spaces.Box:
-        return self.observation_spaces[agent]
-
-    def action_space(self, agent: str) -> gymnasium.spaces.Discrete:
-        return self.action_spaces[agent]
-
-    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        self.agents = list(self.possible_agents)
-        obs = self.env.reset(seed)
-        if self.render_mode == "human":
-            self.render()
-        return dict(zip(self.agents, obs[0].numpy())), {agent: {} for agent in self.agents}
-
-    def step(self, actions: dict[str, int]) -> tuple[dict, dict, dict, dict, dict]:
-        if not self.agents:
-            raise RuntimeError("no episode is running: call reset()")
-        known = set(actions) == set(self.agents)
-        if not known or not all(self.action_spaces[agent].contains(act) for agent, act in actions.items()):
-            raise ValueError(f"actions must be one of 0 to 3 for each of {self.agents}, got {actions}")
-        act = torch.tensor([[int(actions[agent]) for agent in self.possible_agents]])
-        obs, team_reward, terminated = self.env.step(act)
-        terminated = bool(terminated)
-        truncated = self.env.t == HORIZON and not terminated
-        agents = self.agents
-        if terminated or truncated:
-            self.agents = []
-        if self.render_mode == "human":
-            self.render()
-        return (
-            dict(zip(agents, obs[0].numpy())),
-            dict.fromkeys(agents, float(team_reward)),
-            dict.fromkeys(agents, terminated),
-            dict.fromkeys(agents, truncated),
-            {agent: {} for agent in agents},
-        )
-
-    def render(self) -> np.ndarray | None:
-        if self.render_mode is None:
-            gymnasium.logger.warn("render() does nothing without a render_mode")
-            return None
-        picture = draw(self.env.agent_pos[0].tolist(), self.env.key_used[0].tolist(), bool(self.env.terminated[0]))
-        if self.render_mode == "rgb_array":
-            return picture
-        import pygame  # only a window needs it
-
-        if self.window is None:
-            pygame.display.init()
-            pygame.display.set_caption("Alice & Bob")
-            self.window = pygame.display.set_mode(picture.shape[:2])
-        pygame.surfarray.blit_array(self.window, picture.swapaxes(0, 1))
-        pygame.event.pump()
-        pygame.display.flip()
-        pygame.time.wait(1000 // self.metadata["render_fps"])
-        return None
-
-    def close(self) -> None:
-        if self.window is not None:
-            import pygame
-
-            pygame.display.quit()
-            self.window = None
-
-
-def parallel_env(render_mode: str | None = None, one_hot: bool = False) -> AliceBobParallelEnv:
-    """Alice & Bob as a PettingZoo ParallelEnv with the agents "alice" and "bob"."""
-    return AliceBobParallelEnv(render_mode, one_hot)
+def parallel_env(render_mode: str | None = None, one_hot: bool = False) -> SingleEnv:
+    """Alice & Bob as a PettingZoo ParallelEnv with the agents "alice" and "bob"; pictures of 459 x 459 pixels."""
+    bound = 1.0 if one_hot else float(SIZE - 1)
+    return SingleEnv(AliceBob(1, one_hot=one_hot), "alice_bob_v0", render_mode, ("alice", "bob"), bound)
 
 
 ALICE_COLOUR, BOB_COLOUR, GOLD = (31, 119, 180), (214, 90, 30), (240, 180, 20)

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 from pettingzoo.test import parallel_api_test, parallel_seed_test, render_test
 
+from envs import check_env
 from envs.mpe import SimpleSpread, distances, make, make_pettingzoo
 from envs.mpe_pettingzoo import copy_state, draw, push_parallel_env, raw_env
 from evaluate import play_episodes
@@ -251,20 +252,9 @@ def test_protocol(scenario, continuous):
     horizon = 50 if scenario == "push" else 25
     sizes = (env.num_envs, env.num_agents, env.horizon, env.num_actions, env.continuous)
     assert sizes == (5, 4, horizon, 5, continuous)
-    shape = (5, 4, 5) if continuous else (5, 4)
-    draw = torch.Generator().manual_seed(0)
-    obs = env.reset(seed=1)
-    assert obs.shape == (5, 4, env.obs_dim) and obs.dtype == torch.float32 and env.t == 0
-    for t in range(horizon):
-        act = torch.rand(shape, generator=draw) if continuous else torch.randint(5, shape, generator=draw)
-        obs, team_reward, terminated = env.step(act)
-        assert obs.shape == (5, 4, env.obs_dim) and team_reward.shape == (5,) and team_reward.dtype == torch.float32
-        assert terminated.shape == (5,) and not terminated.any() and env.t == t + 1
-    with pytest.raises(RuntimeError, match=str(horizon)):
-        env.step(act)
-    env.reset()
+    check_env(env)
     with pytest.raises(ValueError, match="shape"):
-        env.step(act[:4])
+        env.step(torch.zeros(4, 4, 5) if continuous else torch.zeros(4, 4, dtype=torch.int64))
     env.agent_pos = env.agent_pos + 1
     assert torch.allclose(env.observe()[:, :, 2:4], env.agent_pos)
 
