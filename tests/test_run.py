@@ -693,6 +693,24 @@ def test_a_run_on_cuda_resumes_there_and_on_the_cpu(script, more, run_script, ti
     assert run_script("--resume run --total-timesteps 1400 --no-cuda")[0] == 0
 
 
+@pytest.mark.parametrize(
+    "script, more",
+    [(ALICEBOB, ""), (MPE, "--credit shapley"), (ML, "--scenario tag --coalition permutation"), (PETTINGZOO, "")],
+)
+def test_everything_stays_on_its_device(script, more, run_script, tiny, no_pictures, tmp_path):
+    """On a pretended device, for there may be no other here, a run and its continuation have the numbers of the CPU."""
+    for flags in (f"{tiny} {more} --run-dir away", "--resume away --total-timesteps 1000")[: 1 + (script == MPE)]:
+        command = [sys.executable, str(ROOT / "tests" / "pretend_device.py"), str(ROOT / script), *flags.split()]
+        away = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert away.returncode == 0, away.stderr[-3000:]
+        assert run_script(flags.replace("away", "here"), script)[0] == 0
+    here, away = (read_metrics(tmp_path / name) for name in ("here", "away"))
+    assert len(here) == len(away) > 2
+    for row, other in zip(here, away):
+        for name, value in row.items():
+            assert float(other[name] or 0) == pytest.approx(float(value or 0), rel=0.01, abs=1e-4), name
+
+
 @pytest.mark.parametrize("script", [ALICEBOB], indirect=True)
 def test_frozen_steps_carry_no_weight(script, run_script, no_evaluation, monkeypatch, tmp_path):
     """Episodes that start beside the treasure with open doors end after a few steps; what comes then is noise."""
