@@ -169,6 +169,7 @@ def name_run(args, env_name: str) -> str:
     named = "exp_name seed scenario env_id num_agents run_dir cuda num_threads track wandb_project_name wandb_entity"
     changed = [f.name for f in fields(args) if getattr(args, f.name) != f.default and f.name not in named.split()]
     changes = re.sub(r"[^\w.,=+-]", "", ",".join(f"{name}={getattr(args, name)}" for name in changed))[:100]
+    env_name = env_name.replace("/", "_")
     return "__".join(filter(None, (env_name, args.exp_name, changes, str(args.seed), str(time.time_ns() // 1000))))
 
 

@@ -57,7 +57,7 @@ class Args:
     eval_episodes: int = 100  # episodes of the final evaluation
 
     # The environment
-    env_id: str = "mpe2.simple_reference_v3"  # [the environment] module with a parallel_env, here or on PYTHONPATH
+    env_id: str = "mpe2.simple_reference_v3"  # [the environment] a module with parallel_env, or PettingZoo's id
     env_kwargs: str = "{}"  # options of parallel_env, a JSON object, such as '{"local_ratio": 0.5}'
     horizon: int = 25  # steps of an episode; the environment's own limit must not come before it
     env_workers: int = 0  # processes that play the environments (0: this one)

@@ -16,8 +16,10 @@ import multiprocessing
 import os
 import signal
 import traceback
+from functools import partial
 
 import numpy as np
+import pettingzoo
 import torch
 from gymnasium.spaces import Box, Discrete, flatdim, flatten
 from pettingzoo import ParallelEnv
@@ -26,20 +28,25 @@ from envs import EnvFailure, check_action
 
 
 def load(env_id: str, env_kwargs: dict | str, **more) -> ParallelEnv:
-    """parallel_env(**env_kwargs) of a module, the options also as a JSON object.
+    """parallel_env(**env_kwargs) of a module, or what PettingZoo's registry has; the options also as a JSON object.
 
-    `env_id` is a dotted name, found beside the scripts or on PYTHONPATH. ValueError "env_id ...: must ..." or
-    "env_kwargs ...: must ..." if that makes no ParallelEnv.
+    `env_id` is the dotted name of a module, here or on PYTHONPATH, or an id such as sisl/pursuit-v5. ValueError
+    "env_id ...: must ..." or "env_kwargs ...: must ..." if that makes no ParallelEnv.
     """
     options = parse_options(env_kwargs) if isinstance(env_kwargs, str) else env_kwargs
     try:
-        module = importlib.import_module(env_id)
+        if "/" in env_id:
+            build = partial(pettingzoo.make, "parallel", pettingzoo.spec("parallel", env_id))
+        else:
+            build = getattr(importlib.import_module(env_id), "parallel_env", None)
     except Exception as error:  # whatever importing code that is not ours does
-        raise ValueError(f"env_id {env_id}: must be a module that can be imported ({one_line(error)})") from error
-    if not hasattr(module, "parallel_env"):
+        raise ValueError(
+            f"env_id {env_id}: must be a module or an id that PettingZoo knows ({one_line(error)})"
+        ) from error
+    if build is None:
         raise ValueError(f"env_id {env_id}: must be a module with a function parallel_env")
     try:
-        env = module.parallel_env(**options, **more)
+        env = build(**options, **more)
     except Exception as error:  # whatever the environment makes of them
         raise ValueError(f"env_kwargs {options}: must be options of {env_id} ({one_line(error, True)})") from error
     if not isinstance(env, ParallelEnv):

@@ -191,6 +191,14 @@ def test_agents_that_are_still_listed_when_they_have_ended(first):
     assert (env.t, env.agents, env.terminated) == (2 - first, [], bool(first)) and all(ends.values()) == bool(first)
 
 
+def test_an_id_of_the_registry_is_its_module():
+    episodes = []
+    for env_id in ("sisl/pursuit-v5", "pettingzoo.sisl.pursuit_v5"):
+        env = make(env_id, num_envs=1, horizon=3, n_pursuers=2)
+        episodes.append([env.reset(seed=1), *(env.step(torch.tensor([[act, 0]]))[0] for act in range(3))])
+    assert all(map(torch.equal, *episodes))
+
+
 def test_an_environment_without_agents_or_spaces():
     with pytest.raises(ValueError, match="env_id walk: must have agents and spaces"):
         UniformEnv(ParallelEnv(), "walk", 6)
@@ -337,7 +345,8 @@ def test_credits_do_not_depend_on_actions_that_an_agent_does_not_have():
 
 
 BAD = {
-    "--env-id nowhere": "must be a module that can be imported",
+    "--env-id nowhere": "must be a module or an id that PettingZoo knows (ModuleNotFoundError",
+    "--env-id sisl/chase-v1": "must be a module or an id that PettingZoo knows (",
     "--env-id json": "must be a module with a function parallel_env",
     "--env-kwargs [1]": "must be a JSON object",
     "--env-kwargs {x": "must be a JSON object",
