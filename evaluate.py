@@ -59,7 +59,7 @@ def measure_credits(args, decompose: Callable, episodes: dict, credits: torch.Te
     """
     valid = episodes["valid"]
     metrics = {"decomposer/reward_correlation": centred_correlation(credits.sum(2), episodes["team_reward"], valid)}
-    if args.credit == "stas" and "shapley" in episodes:
+    if args.credit != "temporal" and "shapley" in episodes:
         by_step = (x.flatten(0, 1) for x in (credits, episodes["shapley"], valid.unsqueeze(2).expand_as(credits)))
         metrics["decomposer/shapley_correlation"] = centred_correlation(*by_step)  # rows are steps: (E T, N) each
     few = {name: x[:32] for name, x in episodes.items()}  # to save time
@@ -198,7 +198,8 @@ def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, check
         if decomposer is not None:
             decomposer.load_state_dict(state["decomposer"])
     except (KeyError, TypeError, RuntimeError):
-        fail(f"RUN_DIR {run_dir}: must hold the networks that config.json tells of, as must a --checkpoint")
+        source = f"--checkpoint {checkpoint}" if checkpoint else f"RUN_DIR {run_dir}"
+        fail(f"{source}: must hold the networks that config.json tells of")
     seed = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0])  # no iteration has number 0
     torch.manual_seed(seed)
 

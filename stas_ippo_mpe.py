@@ -145,7 +145,7 @@ def make_parallel_env(args: Args, render_mode: str | None = None):
 def sample_coalitions(
     kind: str, num_samples: int, batch: int, num_agents: int, device: str | torch.device = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coalitions, drawn afresh for every (episode, step) pair (paper, section 4.2), and their weights.
+    """Coalitions, drawn afresh for every (episode, step) pair (the paper's Monte Carlo), and their weights.
 
     Coin flips and orders come in antithetic pairs, m and m + ceil(M / 2): the second flips every coin, or reverses the
     order, of the first. Each is distributed as if drawn alone, but their mean varies less. A draw serves all agents.
@@ -213,7 +213,7 @@ class TemporalLayer(nn.Module):
 
 
 class ShapleyAttention(nn.Module):
-    """Attention over agents, averaged over coalitions: the paper's stand-in for a Shapley value (section 4.2).
+    """Attention over agents, averaged over coalitions: the paper's stand-in for a Shapley value.
 
     phi_i = W_O sum_j P_ij v_j, with P_ij = sum_m w_m 1[j in C_m] e_ij / sum_{k in C_m} e_ik and e_ij = exp(score_ij),
     C_m with i itself. W_Q is agent-specific, W_K, W_V and W_O are shared; an identity is added to each agent's input.
@@ -276,7 +276,7 @@ class Embedding(nn.Module):
 
 
 class Decomposer(nn.Module):
-    """Splits the team return into credits: embedding, temporal layers, a Shapley block, a linear head (section 4).
+    """Splits the team return into credits: embedding, temporal layers, a Shapley block, a linear head.
 
     With credit "temporal" the Shapley block is left out and the agents share each step's credit equally.
     """
@@ -290,7 +290,7 @@ class Decomposer(nn.Module):
         layers = (TemporalLayer(D, args.num_heads, args.attention_window) for _ in range(args.num_layers))
         self.temporal = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(D)
-        self.shapley = ShapleyAttention(D, args.num_heads, N) if args.credit == "stas" else None
+        self.shapley = ShapleyAttention(D, args.num_heads, N) if args.credit != "temporal" else None
         self.head = nn.Linear(D, 1)
         nn.init.zeros_(self.head.weight)  # credits start at zero
         nn.init.zeros_(self.head.bias)

@@ -146,7 +146,7 @@ def make_parallel_env(args: Args, render_mode: str | None = None):
 def sample_coalitions(
     kind: str, num_samples: int, batch: int, num_agents: int, device: str | torch.device = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coalitions, drawn afresh for every (episode, step) pair (paper, section 4.2), and their weights.
+    """Coalitions, drawn afresh for every (episode, step) pair (the paper's Monte Carlo), and their weights.
 
     Coin flips and orders come in antithetic pairs, m and m + ceil(M / 2): the second flips every coin, or reverses the
     order, of the first. Each is distributed as if drawn alone, but their mean varies less. A draw serves all agents.
@@ -214,7 +214,7 @@ class TemporalLayer(nn.Module):
 
 
 class ShapleyAttention(nn.Module):
-    """Attention over agents, averaged over coalitions: the paper's stand-in for a Shapley value (section 4.2).
+    """Attention over agents, averaged over coalitions: the paper's stand-in for a Shapley value.
 
     phi_i = W_O sum_j P_ij v_j, with P_ij = sum_m w_m 1[j in C_m] e_ij / sum_{k in C_m} e_ik and e_ij = exp(score_ij),
     C_m with i itself. W_Q is agent-specific, W_K, W_V and W_O are shared; an identity is added to each agent's input.
@@ -278,7 +278,7 @@ class Embedding(nn.Module):
 
 class MLDecomposer(nn.Module):
     """Splits the team return into credits: blocks of a temporal layer and Shapley attention, each feeding the next by a
-    gate that starts at zero, and a linear head on the outputs of all (STAS-ML, section 4). With one block it is STAS.
+    gate that starts at zero, and a linear head on the outputs of all (STAS-ML). With one block it is STAS.
 
     Each block draws its own coalitions. From the second on, members of a coalition may have seen others through the
     block before, and a credit is no longer a plain mean over coalitions. With credit "temporal" Shapley attention is
@@ -295,7 +295,7 @@ class MLDecomposer(nn.Module):
         self.temporal = nn.ModuleList(layers)
         self.norm = nn.ModuleList(nn.LayerNorm(D) for _ in range(args.num_layers))
         shapley = (ShapleyAttention(D, args.num_heads, N) for _ in range(args.num_layers))
-        self.shapley = nn.ModuleList(shapley) if args.credit == "stas" else None
+        self.shapley = nn.ModuleList(shapley) if args.credit != "temporal" else None
         self.gate = nn.Parameter(torch.zeros(args.num_layers - 1))
         self.head = nn.Linear(args.num_layers * D, 1)
         nn.init.zeros_(self.head.weight)  # credits start at zero

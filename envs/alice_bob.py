@@ -1,4 +1,4 @@
-"""Alice & Bob: two agents who can only find the treasure by freeing each other (STAS, arXiv 2304.07520, section 5.1).
+"""Alice & Bob: two agents who can only find the treasure by freeing each other (STAS, arXiv 2304.07520).
 
 Alice (A) starts in the left room, Bob (B) in the right one. Key 0 lies in Bob's room and opens Alice's door (a); key 1
 lies outside and opens Bob's door (b). So Bob must free Alice, Alice must free Bob, and only then does the treasure ($)

@@ -68,7 +68,7 @@ def test_another_checkpoint_and_what_cannot_be_evaluated(run_script, no_pictures
         ("bare", "and a metrics.csv"),
         ("run --episodes 0", "--episodes 0: must be"),
         ("run --checkpoint nowhere.pt", "--checkpoint nowhere.pt: must be"),
-        ("run --checkpoint wrong.pt", "must hold the networks"),
+        ("run --checkpoint wrong.pt", "--checkpoint wrong.pt: must hold the networks"),
     ):
         code, out, err = evaluate(flags, tmp_path)
         assert code == 2 and out == "" and len(err.splitlines()) == 1 and why in err
