@@ -5,6 +5,7 @@ import csv
 import fcntl
 import json
 import multiprocessing
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import scipy.stats
 
 ROOT = Path(__file__).parent.parent
 RESULTS = (ROOT / "benchmark" / "results").resolve()
+GIT = ("rev-parse HEAD", "diff --quiet HEAD -- '*.py'")  # the commit; whether it is what runs
 
 
 def read(path: Path) -> list[dict]:
@@ -64,9 +66,15 @@ def run_all(run, jobs: list[tuple], workers: int) -> None:
 
 
 def check_flags(args) -> None:
-    """End with one line on --flags that would go into the published results; make the folder of the results."""
-    if getattr(args, "flags", "") and args.results.resolve().is_relative_to(RESULTS):
-        sys.exit(f"error: --flags {args.flags}: must come with a --results folder of its own")
+    """End with one line on --flags that would go into the published results or that are not for the user to set; make
+    the folder of the results."""
+    flags = getattr(args, "flags", "")
+    if flags and args.results.resolve().is_relative_to(RESULTS):
+        sys.exit(f"error: --flags {flags}: must come with a --results folder of its own")
+    if re.search(r"--(seed|run-dir|resume)\b", flags):
+        sys.exit(f"error: --flags {flags}: must be without --seed, --run-dir and --resume")
+    if getattr(args, "report", False) and not args.results.is_dir():
+        sys.exit(f"error: --results {args.results}: must be a folder with results to report")
     args.results.mkdir(parents=True, exist_ok=True)
 
 
@@ -93,32 +101,33 @@ def train(
 ) -> tuple[list[dict], dict]:
     """One training run: the rows of its metrics.csv, and its summary.json.
 
-    What is in `run_dir` is removed; with `resume` a run that was broken off there is continued instead, if the same
-    commit began it.
+    What is in `run_dir` is removed; with `resume` a run that was broken off there is continued instead, and one that
+    has ended, continued by hand, is taken as it is, if the same code began it.
     """
     command = [sys.executable, str(ROOT / script)]
     if processes > 1:
         command[1:1] = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with locked(run_dir.with_name(run_dir.name + ".lock"), wait=False) as lock:
-        if resume and broken_off(run_dir):
+        if resume and resumable(run_dir):
             command += ["--resume", str(run_dir)]
         else:
             shutil.rmtree(run_dir, ignore_errors=True)
             command += ["--run-dir", str(run_dir), "--num-threads", str(threads), *flags]
-        # The run holds the lock too, and keeps it if this program is killed.
+        # The run holds the lock too, and keeps it if this program is killed. One that has ended only evaluates anew.
         done = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=[lock.fileno()])
     if done.returncode != 0:
         sys.exit(f"error: {' '.join(command[1:])} ended with exit code {done.returncode}")
     return read(run_dir / "metrics.csv"), json.loads((run_dir / "summary.json").read_text())
 
 
-def broken_off(run_dir: Path) -> bool:
-    """Whether a run of this commit has a checkpoint but not ended."""
-    if not (run_dir / "checkpoint.pt").exists() or (run_dir / "summary.json").exists():
+def resumable(run_dir: Path) -> bool:
+    """Whether `run_dir` holds a run of this commit, ended or not, and no program has changed since."""
+    if not (run_dir / "checkpoint.pt").exists():
         return False
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return json.loads((run_dir / "config.json").read_text())["git_commit"] == git.stdout.strip()
+    git = [subprocess.run(f"git {words}", shell=True, cwd=ROOT, capture_output=True, text=True) for words in GIT]
+    commit = json.loads((run_dir / "config.json").read_text())["git_commit"]
+    return git[1].returncode == 0 and commit == git[0].stdout.strip()
 
 
 def late(metrics: list[dict], name: str) -> float | str:

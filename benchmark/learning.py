@@ -8,6 +8,7 @@
 
 Each run is a call of a script. When it ends its row is added to learning.csv and its curve to learning_curves.csv, so
 the benchmark can be stopped and started at any time; a run that was broken off is resumed from its last checkpoint.
+A task or a row of your own is one more line in TASKS or ROWS.
 """
 
 import re
@@ -90,7 +91,7 @@ FOUND = 0.9  # the treasure rate in Alice & Bob that counts as learned
 @dataclass
 class Args:
     tasks: list[Literal[tuple(TASKS)]] = field(default_factory=lambda: GRID)
-    """tables to make"""
+    """tasks to run; tables are made of all that there are results of"""
     rows: list[Literal[tuple(ROWS)]] = field(
         default_factory=lambda: [r for r in ROWS if "share" not in r and r not in SETTINGS]
     )
@@ -349,7 +350,7 @@ def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> 
     colors = {name: matplotlib.colormaps["tab20"](2 * i % 20 + i // 10) for i, name in enumerate(order)}
     bands = -(-len(tasks) // 4)  # two rows of panels each
     columns = -(-len(tasks) // bands)
-    figure = matplotlib.figure.Figure(figsize=(4.2 * columns, 6 * bands), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(max(9, 4.2 * columns), 6 * bands), layout="constrained")
     axes = figure.subplots(2 * bands, columns, squeeze=False)
     shown = {}
     for i, task in enumerate(tasks):
@@ -376,7 +377,7 @@ def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> 
         "Learning by kind of credit: mean over seeds, band from the lowest to the highest seed", fontsize=11
     )
     order = [name for name in order if name in shown]
-    figure.legend([shown[name] for name in order], order, loc="outside lower center", ncols=min(6, len(order)))
+    figure.legend([shown[name] for name in order], order, loc="outside lower center", ncols=min(6, 1 + columns))
     figure.savefig(path, dpi=110)
 
 
@@ -419,6 +420,8 @@ if __name__ == "__main__":
     keys = ("task", "row", "seed", "flags", "threads")
     jobs = [(*job, flags_of(args, *job[:2]), args.threads) for job in jobs]
     wanted = [job[:3] for job in missing(args.results / "learning.csv", keys, jobs)]
+    if not jobs:
+        sys.exit("error: --rows: must be some of these tasks; SETTINGS, oracles and STAS-ML are not of all")
     if not args.report:
         run_all(partial(run, args), wanted, args.workers)
     rows, curves = (read(args.results / f"{name}.csv") for name in ("learning", "learning_curves"))

@@ -141,8 +141,8 @@ def test_the_table_of_scores_by_hand(benchmark_of):
     assert line == "| spread 6 | 1.00 ± 0.25 (3) | 0.50 ± 0.00 (2) |"
 
 
-def test_a_run_that_was_broken_off_is_continued(benchmark_of, tmp_path):
-    """With the seed it began with, by the same commit only; one that had ended is begun anew."""
+def test_a_run_that_was_broken_off_is_continued(benchmark_of, tmp_path, monkeypatch):
+    """With the seed it began with, by the same code only; one that has ended is taken as it is."""
     common, run_dir = benchmark_of("common"), tmp_path / "run"
     flags = f"{TINY[PETTINGZOO]} --total-timesteps 2000 --checkpoint-every 1".split()
     begun = subprocess.Popen([sys.executable, str(ROOT / PETTINGZOO), "--run-dir", str(run_dir), *flags])
@@ -153,14 +153,17 @@ def test_a_run_that_was_broken_off_is_continued(benchmark_of, tmp_path):
     begun.wait()
     config = json.loads((run_dir / "config.json").read_text())
     (run_dir / "config.json").write_text(json.dumps(config | {"git_commit": "another"}))
-    assert not common.broken_off(run_dir)
+    assert not common.resumable(run_dir)
     (run_dir / "config.json").write_text(json.dumps(config))
     if config["git_commit"] is not None:  # None where the code is no clone
-        assert common.broken_off(run_dir)
-        common.train(PETTINGZOO, [*flags, "--seed", "5"], run_dir, resume=True)
-        assert json.loads((run_dir / "config.json").read_text())["flags"]["seed"] == 1
-    assert not common.broken_off(run_dir) or config["git_commit"] is None
-    common.train(PETTINGZOO, [*flags, "--seed", "5"], run_dir, resume=True)
+        for other, same in (("rev-parse nothing", False), ("--version", True)):  # in place of the diff
+            monkeypatch.setattr(common, "GIT", (common.GIT[0], other))
+            assert common.resumable(run_dir) == same
+        for _ in range(2):  # to the end; then there is nothing left to do
+            metrics, summary = common.train(PETTINGZOO, [*flags, "--seed", "5"], run_dir, resume=True)
+            assert json.loads((run_dir / "config.json").read_text())["flags"]["seed"] == 1
+            assert int(metrics[-1]["global_step"]) == summary["global_step"] >= 2000
+    common.train(PETTINGZOO, [*flags, "--seed", "5"], run_dir)
     assert json.loads((run_dir / "config.json").read_text())["flags"]["seed"] == 5
 
 
@@ -186,6 +189,14 @@ def test_settings_are_never_averaged_in_silently(benchmark_of, tmp_path):
         command = [sys.executable, str(ROOT / "benchmark" / f"{program}.py"), "--flags=--mc-samples 20"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 1 and "--results" in result.stderr and len(result.stderr.splitlines()) == 1
+    for flags, message in (
+        (["--flags=--seed 3"], "must be without --seed"),
+        (["--report", "--results", "nowhere"], "must be a folder"),
+        (["--tasks", "tag 3", "--rows", "shapley"], "must be some of these tasks"),
+    ):
+        command = [sys.executable, str(ROOT / "benchmark" / "learning.py"), "--results", str(tmp_path), *flags]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1
     bad = [sys.executable, str(ROOT / "benchmark" / "learning.py"), "--rows", "nonsense", "--results", str(tmp_path)]
     result = subprocess.run(bad, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
