@@ -338,7 +338,7 @@ def distribute_return(returns: torch.Tensor, valid: torch.Tensor, num_agents: in
 def decompose(args, decomposer: nn.Module | None, episodes: dict[str, torch.Tensor]) -> torch.Tensor:
     """Credits of `args.credit` for whole episodes as `rollout` returns them: (E, T, N) in raw reward units.
 
-    The learned credits, stas and temporal, look at nothing of the reward. Their leftover is the business of `conserve`.
+    Learned ones (named here and in `make_networks`) see nothing of the reward; `conserve` places what they leave over.
     """
     team_reward, valid, N = episodes["team_reward"], episodes["valid"], episodes["obs"].shape[2]
     if args.credit in ("stas", "temporal"):
