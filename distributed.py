@@ -32,7 +32,8 @@ def connect(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)  # else its threads may outlive the interpreter: an abort at the end
+        if device.type == "cpu":  # else gloo's threads may outlive the interpreter: an abort at the end
+            atexit.register(dist.destroy_process_group)
     return device
 
 

@@ -70,8 +70,8 @@ def measure_credits(args, decompose: Callable, episodes: dict, credits: torch.Te
 def picture_of(env) -> np.ndarray | None:
     """What env.render() shows, None if it cannot; a run must not lose its evaluation over that."""
     with contextlib.suppress(Exception):  # whatever code that is not ours raises
-        frame = env.render()
-        return frame if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 else None
+        frame = np.asarray(env.render())
+        return frame if frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] in (3, 4) else None
 
 
 @torch.no_grad()
@@ -238,9 +238,8 @@ def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, check
     pictures = ["learning_curve.png", "credit.png"]
     images = [Image.fromarray(frame) for frame in frames if frame is not None]
     if images:
-        durations = [1000 // env.metadata.get("render_fps", 10)] * (len(images) - 1) + [
-            2000
-        ]  # rest on the last picture
+        durations = [1000 // env.metadata.get("render_fps", 10)] * len(images)
+        durations[-1] = 2000  # rest on the last picture
         gif = dict(save_all=True, append_images=images[1:], duration=durations, loop=0, format="gif")
         write_file(run_dir / "episode.gif", lambda path: images[0].save(path, **gif))
         pictures.append("episode.gif")

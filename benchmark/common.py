@@ -18,7 +18,7 @@ import scipy.stats
 
 ROOT = Path(__file__).parent.parent
 RESULTS = (ROOT / "benchmark" / "results").resolve()
-GIT = ("rev-parse HEAD", "diff --quiet HEAD -- '*.py'")  # the commit; whether it is what runs
+GIT = ("rev-parse HEAD", "diff --quiet HEAD -- '*.py' ':!tests' ':!benchmark'")  # is the commit what trains?
 
 
 def read(path: Path) -> list[dict]:
@@ -71,7 +71,7 @@ def check_flags(args) -> None:
     flags = getattr(args, "flags", "")
     if flags and args.results.resolve().is_relative_to(RESULTS):
         sys.exit(f"error: --flags {flags}: must come with a --results folder of its own")
-    if re.search(r"--(seed|run-dir|resume)\b", flags):
+    if re.search(r"--(seed|run[-_]dir|resume)\b", flags):
         sys.exit(f"error: --flags {flags}: must be without --seed, --run-dir and --resume")
     if getattr(args, "report", False) and not args.results.is_dir():
         sys.exit(f"error: --results {args.results}: must be a folder with results to report")
@@ -122,7 +122,7 @@ def train(
 
 
 def resumable(run_dir: Path) -> bool:
-    """Whether `run_dir` holds a run of this commit, ended or not, and no program has changed since."""
+    """Whether `run_dir` holds a run of this commit, ended or not, and no script differs from it now."""
     if not (run_dir / "checkpoint.pt").exists():
         return False
     git = [subprocess.run(f"git {words}", shell=True, cwd=ROOT, capture_output=True, text=True) for words in GIT]

@@ -25,7 +25,8 @@ Rules that every environment keeps:
 * `team_reward` is one number per episode and step: the mean of the learning agents' rewards.
 * `terminated` is sticky: True from the terminating step until the next reset. From then on the episode is frozen: its
   state and observation stay as they are, and it earns 0. Step t is valid if the episode had not terminated before it.
-* The horizon is part of the task: nothing is worth anything after it. Stepping past it raises RuntimeError.
+* The horizon is part of the task: nothing is worth anything after it. Stepping past it raises RuntimeError, and actions
+  of another shape ValueError (`check_action`).
 * What `reset`, `step` and `observe` return are new tensors, which no later step changes: roll-outs keep them.
 * State is kept in plain tensors that anyone may read or set; call `observe` afterwards.
 
@@ -69,32 +70,38 @@ def check_env(env) -> None:
             raise ValueError(f"{type(env).__name__}, step {env.t}: {rule}")
 
     shape, generator = (env.num_envs, env.num_agents), torch.Generator().manual_seed(0)
-    start = obs = env.reset(seed=1)
-    for t in range(env.horizon):
-        act = torch.randint(env.num_actions, shape, generator=generator)
-        if env.continuous:
-            act = torch.rand(*shape, env.num_actions, generator=generator)
-        before, over = obs.clone(), env.terminated.clone()
-        next_obs, reward, terminated = env.step(act.to(obs.device))
-        for name, values, size, dtype in (
-            ("observations", next_obs, (*shape, env.obs_dim), torch.float32),
-            ("team_reward", reward, shape[:1], torch.float32),
-            ("terminated", terminated, shape[:1], torch.bool),
-        ):
+    sizes = {"observations": (*shape, env.obs_dim), "team_reward": shape[:1], "terminated": shape[:1]}
+
+    def check_tensors(**tensors: torch.Tensor) -> None:
+        for name, values in tensors.items():
+            kind = torch.bool if name == "terminated" else torch.float32
             found = f"are {tuple(values.shape)} {values.dtype}"
-            must(values.shape == size and values.dtype == dtype, f"{name} must be {size} {dtype}, {found}")
-        must(next_obs.isfinite().all() and reward.isfinite().all(), "observations and team_reward must be finite")
-        must(torch.equal(obs, before), "observations must be new tensors, which no later step changes")
-        still = torch.equal(next_obs[over], obs[over]) and not reward[over].any() and terminated[over].all()
+            must(values.shape == sizes[name] and values.dtype == kind, f"{name} must be {sizes[name]} {kind}, {found}")
+            must(values.isfinite().all(), f"{name} must be finite")
+
+    start = obs = env.reset(seed=1)
+    check_tensors(observations=obs, terminated=env.terminated)
+    must(torch.equal(env.observe(), obs), "observe() must be of the current state")
+    mask = getattr(env, "action_mask", torch.ones(env.num_agents, env.num_actions)).cpu()  # PettingZooEnv has one
+    reward = terminated = torch.zeros(0)
+    for t in range(env.horizon):
+        act = torch.rand(*shape, env.num_actions, generator=generator)
+        act = (act if env.continuous else (act * mask).argmax(dim=-1)).to(obs.device)
+        over, last = env.terminated.clone(), (obs, reward, terminated)
+        kept = [values.clone() for values in last]
+        obs, reward, terminated = env.step(act)
+        check_tensors(observations=obs, team_reward=reward, terminated=terminated)
+        must(all(map(torch.equal, last, kept)), "what step returns must be new tensors, which no later step changes")
+        still = torch.equal(obs[over], kept[0][over]) and not reward[over].any() and terminated[over].all()
         must(still, "an episode that has terminated must stay as it is, earn 0 and remain terminated")
-        current = env.t == t + 1 and torch.equal(env.terminated, terminated) and torch.equal(env.observe(), next_obs)
+        current = env.t == t + 1 and torch.equal(env.terminated, terminated) and torch.equal(env.observe(), obs)
         must(current, "t, terminated and observe() must be of the current state")
-        obs = next_obs
-    try:
-        env.step(act.to(obs.device))
-    except RuntimeError:
-        pass
-    else:
-        must(False, "step must raise RuntimeError at the horizon")
+    for wrong, error, rule in ((act, RuntimeError, "at the horizon"), (act[:-1], ValueError, "on another shape")):
+        try:
+            env.step(wrong)
+        except error:
+            env.reset()
+        else:
+            must(False, f"step must raise {error.__name__} {rule}")
     must(torch.equal(env.reset(seed=1), start), "reset must start the same episodes from the same seed")
     must(env.t == 0 and not env.terminated.any(), "reset must set t and terminated back")

@@ -48,6 +48,8 @@ def load(env_id: str, env_kwargs: dict | str, **more) -> ParallelEnv:
     try:
         env = build(**options, **more)
     except Exception as error:  # whatever the environment makes of them
+        if isinstance(error.__cause__, ImportError):
+            raise ValueError(f"env_id {env_id}: must have its packages ({one_line(error.__cause__)})") from error
         raise ValueError(f"env_kwargs {options}: must be options of {env_id} ({one_line(error, True)})") from error
     if not isinstance(env, ParallelEnv):
         raise ValueError(f"env_id {env_id}: must make a ParallelEnv, not a {type(env).__name__}")
@@ -66,7 +68,7 @@ def one_line(error: BaseException, where: bool = False) -> str:
     """The error, and where it was raised."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f" at {os.path.basename(last.filename)}:{last.lineno}" if where else ""
-    return " ".join(f"{type(error).__name__}: {error}".split()) + place
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300] + place
 
 
 class UniformEnv(ParallelEnv):
@@ -117,13 +119,13 @@ class UniformEnv(ParallelEnv):
         return self.action_spaces[agent]
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        self.t, self.terminated = 0, False
+        self.t, self.terminated, self.ended = 0, False, set()
         self.seed = self.seed if seed is None else seed  # that of the first episode, if the generator goes on
         self.agents = list(self.possible_agents)
         self.observed = {agent: np.zeros(self.obs_dim, np.float32) for agent in self.agents}
         with self.blame():
             observed, _ = self.env.reset(seed=seed, options=options)
-            self.see(observed)
+            self.see(observed, self.agents)
         return dict(self.observed), {agent: {} for agent in self.agents}
 
     def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
@@ -133,12 +135,13 @@ class UniformEnv(ParallelEnv):
         with self.blame():
             own = {agent: self.own_action(agent, actions[agent]) for agent in self.env.agents}
             observed, earned, terminated, truncated, _ = self.env.step(own)
-            self.see(observed)
+            self.ended |= {agent for agent in own if terminated.get(agent) or truncated.get(agent)}
+            self.see(observed, own)
             self.check_names("rewards", earned)
-            rewards = {agent: float(earned.get(agent, 0)) for agent in self.agents}
+            rewards = {agent: float(earned.get(agent, 0)) if agent in own else 0.0 for agent in self.agents}
             if not np.isfinite(list(rewards.values())).all():
                 raise EnvFailure("a reward is not finite")
-            over = all(terminated.get(agent) or truncated.get(agent) for agent in self.env.agents)  # or there are none
+            over = self.ended.issuperset(self.env.agents)  # of whom none should be left then, but often all are
             self.terminated = over and (all(terminated.values()) or not any(truncated.values()))
             if over and not self.terminated and self.t < self.horizon:
                 raise EnvFailure(f"it is truncated; --horizon must be at most {self.t}, or its end a termination")
@@ -155,13 +158,15 @@ class UniformEnv(ParallelEnv):
         part = np.asarray(action, np.float64).reshape(-1)[: flatdim(space)].reshape(space.shape)
         return (space.low + part * (space.high.astype(np.float64) - space.low)).astype(space.dtype)
 
-    def see(self, observed: dict) -> None:
-        """Keep the flat observations of the agents that are there."""
+    def see(self, observed: dict, agents) -> None:
+        """Keep the flat observations of these agents, if they have one."""
         self.check_names("observations", observed)
-        for agent, obs in observed.items():
-            space = self.env.observation_space(agent)
-            if isinstance(space, Discrete) and not space.contains(obs):
-                raise EnvFailure(f"an observation of {agent} is {obs}, not in {space}")
+        for agent in [agent for agent in agents if agent in observed]:
+            space, obs = self.env.observation_space(agent), observed[agent]
+            if isinstance(space, Discrete):
+                obs = np.asarray(obs).item()
+                if not space.contains(obs):
+                    raise EnvFailure(f"an observation of {agent} is {obs}, not in {space}")
             flat = flatten(space, obs)
             if len(flat) != flatdim(space):
                 raise EnvFailure(f"an observation of {agent} has {len(flat)} numbers, its space {flatdim(space)}")
@@ -172,7 +177,7 @@ class UniformEnv(ParallelEnv):
     def check_names(self, what: str, given: dict) -> None:
         """EnvFailure unless all agents that go on are given something."""
         for agent in self.env.agents:
-            if agent not in given:
+            if agent not in given and agent not in self.ended:
                 raise EnvFailure(f"there are no {what} of {agent}, only of {', '.join(map(str, given))}")
 
     @contextlib.contextmanager
@@ -239,7 +244,7 @@ class PettingZooEnv:
     """Copies of a PettingZoo environment; see `envs/__init__.py` for the protocol.
 
     Args:
-        env_id: a module with a function parallel_env. env_kwargs: its options, in a dictionary or as a JSON object.
+        env_id, env_kwargs: as `load` takes them.
         num_envs: E. horizon: steps of an episode, T; a limit of the environment's own must not come before it.
         num_workers: processes that the copies are shared out to (0: all in this one).
     The team reward is the mean of the agents' rewards.
@@ -330,6 +335,7 @@ def make_parallel_env(env_id: str, horizon: int, env_kwargs: dict | str, render_
     try:
         return UniformEnv(load(env_id, env_kwargs, render_mode=render_mode), env_id, horizon)
     except ValueError:
+        one = UniformEnv(load(env_id, env_kwargs), env_id, horizon)
         if render_mode is not None:
-            print(f"no pictures: {env_id}.parallel_env takes no render_mode={render_mode!r}")
-        return UniformEnv(load(env_id, env_kwargs), env_id, horizon)
+            print(f"no pictures: {env_id} takes no render_mode={render_mode!r}")
+        return one

@@ -1,7 +1,9 @@
 """Run a script on a device that is pretended: `python tests/pretend_device.py SCRIPT FLAGS`.
 
 Tensors of the device say that they lie there, and lie on the CPU. An operation on tensors of both places fails, as it
-does on a CUDA device, and so do numpy() and a generator of the other place. All numbers are those of the CPU.
+does on a CUDA device, and so do numpy() and a generator of the other place. All numbers are those of the CPU. What this
+cannot find: a number of the CPU (a tensor without axes) where CUDA takes none, operations that CUDA has not or not
+deterministic, and whatever the scripts do for devices of type "cuda" alone.
 """
 
 import runpy
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -59,9 +62,6 @@ def run(function, args: tuple, kwargs: dict):
     if kwargs.get("device") is not None:
         there = torch.device(kwargs["device"]).type == DEVICE.type
         kwargs = kwargs | {"device": torch.device("cpu")}
-    for leaf in leaves:
-        if isinstance(leaf, torch.Generator) and (id(leaf) in generators) != there:
-            raise RuntimeError(f"a generator of another device in {function}")
     result = function(*tree_map(content, args), **tree_map(content, kwargs))
     if function is aten.copy_.default:
         return args[0]
@@ -78,6 +78,18 @@ def content(x):
 class Pretend(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return run(function, args, kwargs or {})
+
+
+class Watch(TorchFunctionMode):
+    """Generators, which have lost their identity where operations are dispatched."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            place = kwargs.get("device") or (args[0].device if isinstance(args[0], torch.Tensor) else "cpu")
+            if (id(kwargs["generator"]) in generators) != (torch.device(place).type == DEVICE.type):
+                raise RuntimeError(f"a generator of another device in {function}")
+        return function(*args, **kwargs)
 
 
 class Generator(torch.Generator):
@@ -106,5 +118,6 @@ if __name__ == "__main__":
     torch.Generator, torch.tensor, torch.Tensor.new_tensor = Generator, tensor, new_tensor
     choose_device = run_folder.choose_device
     run_folder.choose_device = lambda args: DEVICE if choose_device(args) else None
-    with Pretend():
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    with Watch(), Pretend():
+        end = runpy.run_path(sys.argv[0], run_name="__main__")
+    assert next(end["agent"].parameters()).device == DEVICE

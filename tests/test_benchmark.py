@@ -167,6 +167,18 @@ def test_a_run_that_was_broken_off_is_continued(benchmark_of, tmp_path, monkeypa
     assert json.loads((run_dir / "config.json").read_text())["flags"]["seed"] == 5
 
 
+def test_a_script_that_differs_from_its_commit_is_seen(benchmark_of, tmp_path):
+    changed = benchmark_of("common").GIT[1]
+    (tmp_path / "tests").mkdir()
+    for name in ("script.py", "tests/test.py", "notes.md"):
+        (tmp_path / name).write_text("")
+    commit = "git init -q && git add . && git -c user.name=a -c user.email=a commit -qm begin"
+    assert subprocess.run(commit, shell=True, cwd=tmp_path).returncode == 0
+    for name, code in (("tests/test.py", 0), ("notes.md", 0), ("script.py", 1)):
+        (tmp_path / name).write_text("# more")
+        assert subprocess.run(f"git {changed}", shell=True, cwd=tmp_path).returncode == code
+
+
 def test_two_programs_do_not_share_a_run(benchmark_of, tmp_path):
     common = benchmark_of("common")
     with common.locked(tmp_path / "run.lock"), pytest.raises(SystemExit, match="another program is at this run"):

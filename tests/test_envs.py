@@ -36,8 +36,9 @@ class Count:
         return self.count.unsqueeze(2) + torch.rand(1) if self.fault == "observe" else self.count.unsqueeze(2)
 
     def step(self, act):
-        if self.fault != "horizon":
+        if self.fault != "horizon" and not (self.fault == "action shape" and len(act) < self.num_envs):
             check_action(self, act)
+        act = torch.cat((act, act))[: self.num_envs]
         self.t += self.fault != "t"
         ones = (act[..., 0] > 0.5 if self.continuous else act == 1).float()
         if self.fault != "not frozen":
@@ -47,12 +48,17 @@ class Count:
         if self.fault == "paid when over":
             reward = reward + self.terminated.float()
         over = self.count[:, 0] >= 3
+        if self.fault == "terminated in place":
+            over = self.terminated.logical_or_(over)
         self.terminated = over if self.fault == "not sticky" and self.t < 6 else self.terminated | over
         if self.fault == "not sticky" and self.t == 6:
             self.terminated = self.terminated & False
         reward = {"double": reward.double(), "nan": reward / 0}.get(self.fault, reward)
         obs = self.observe()[:, 0] if self.fault == "shape" else self.observe()
-        return obs, reward, self.terminated.clone()
+        if self.fault == "reward in place":
+            self.paid = getattr(self, "paid", reward).copy_(reward)
+            reward = self.paid
+        return obs, reward, self.terminated if self.fault == "terminated in place" else self.terminated.clone()
 
 
 FAULTS = {
@@ -65,6 +71,9 @@ FAULTS = {
     "paid when over": "must stay as it is",
     "not sticky": "must stay as it is",
     "in place": "must be new tensors",
+    "reward in place": "must be new tensors",
+    "terminated in place": "must be new tensors",
+    "action shape": "must raise ValueError on another shape",
     "double": r"team_reward must be \(16,\) torch.float32, are \(16,\) torch.float64",
     "nan": "must be finite",
     "shape": "observations must be",
@@ -82,7 +91,7 @@ def test_what_keeps_the_protocol():
         check_env(Count(continuous=continuous))
     for one_hot in (False, True):
         check_env(AliceBob(64, one_hot=one_hot))
-    check_env(make("mpe2.simple_reference_v3", num_envs=4, horizon=25))
+    check_env(make("mpe2.simple_speaker_listener_v4", num_envs=4, horizon=25))
     check_env(make("tests.test_pettingzoo", num_envs=4, horizon=6))  # which ends early
 
 

@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import pettingzoo
 import pytest
 import torch
 import torch.distributed as dist
@@ -76,8 +77,10 @@ class Walk(ParallelEnv):
         won = any(np.ndim(action) == 0 and action == 1 for action in actions.values())
         gone = {agent: won or (agent == "b" and self.t == 2) for agent in before}
         self.agents = [] if over else [agent for agent in before if not gone[agent]]
-        if self.fault == "stay":
+        if self.fault in ("stay", "stay unseen"):
             self.agents = before
+        if self.fault == "stay unseen" and self.t > 2:
+            observed.pop("b", None)
         reward = np.inf if self.fault == "inf" else 3.0
         rewards = {agent: reward * (agent == "a") for agent in before if self.fault != "unpaid" or agent != "c"}
         return observed, rewards, gone, {agent: over for agent in before}, {agent: {} for agent in before}
@@ -180,6 +183,14 @@ def test_what_an_environment_does_wrong(fault, message):
             env.step(dict.fromkeys("abc", 0))
 
 
+def test_an_agent_that_has_ended_need_not_be_told_of_though_it_is_listed():
+    env = walk(4, fault="stay unseen", limit=4)
+    env.reset(seed=1)
+    for _ in range(4):
+        observed = env.step(dict.fromkeys("abc", 0))[0]
+    assert env.agents == [] and observed["b"].tolist() == [0, 0, 1, 0]
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_agents_that_are_still_listed_when_they_have_ended(first):
     """Against PettingZoo's rules, but common: the episode is over all the same, by action 1 at once."""
@@ -197,6 +208,12 @@ def test_an_id_of_the_registry_is_its_module():
         env = make(env_id, num_envs=1, horizon=3, n_pursuers=2)
         episodes.append([env.reset(seed=1), *(env.step(torch.tensor([[act, 0]]))[0] for act in range(3))])
     assert all(map(torch.equal, *episodes))
+
+
+def test_an_id_whose_packages_are_missing():
+    pettingzoo.register("parallel", "tests/missing-v1", entry_point="no_such_package:parallel_env")
+    with pytest.raises(ValueError, match="env_id tests/missing-v1: must have its packages .*no_such_package"):
+        make("tests/missing-v1", num_envs=1, horizon=1)
 
 
 def test_an_environment_without_agents_or_spaces():
