@@ -1,10 +1,11 @@
-"""Steps per second of the particle environments with random actions: batched, and mpe2 stepped one episode at a time.
+"""Steps per second with random actions: the batched environments, and PettingZoo stepped one episode at a time.
 
     python benchmark/simulator.py
 
-All sizes of one scenario and number of agents are measured in turns in one run; benchmark/results/simulator.csv holds
-the medians over the turns, the ratios to mpe2 being medians of the turns' ratios. benchmark/results/simulator.png draws
-them. On mpe2 the prey of tag move at random, which spares it their script.
+PettingZoo is mpe2's world in the particle environments, and in Alice & Bob our own gridworld with one episode. All
+sizes of one environment and number of agents are measured in turns in one run; benchmark/results/simulator.csv holds
+the medians over the turns, the ratios to PettingZoo being medians of the turns' ratios. benchmark/results/simulator.png
+draws them. On mpe2 the prey of tag move at random, which spares it their script.
 """
 
 import csv
@@ -21,15 +22,18 @@ from common import RESULTS, ROOT, rates_in_turns
 
 sys.path.insert(0, str(ROOT))
 
-from envs.mpe import HORIZON, make, make_pettingzoo  # noqa: E402
+from envs import alice_bob  # noqa: E402
+from envs.mpe import make, make_pettingzoo  # noqa: E402
+
+ALICEBOB = "Alice & Bob"
 
 
 @dataclass
 class Args:
-    scenarios: tuple[str, ...] = ("spread", "tag", "push")
-    """scenarios"""
+    environments: tuple[str, ...] = ("spread", "tag", "push", ALICEBOB)
+    """environments"""
     num_agents: tuple[int, ...] = (3, 6, 15)
-    """numbers of agents"""
+    """numbers of agents, but for Alice & Bob, who are two"""
     num_envs: tuple[int, ...] = (1, 16, 256, 1024, 4096)
     """batch sizes"""
     turns: int = 5
@@ -40,76 +44,84 @@ class Args:
     """folder of the results"""
 
 
-def batched(scenario: str, num_envs: int, num_agents: int):
-    env = make(scenario, num_envs, num_agents)
-    act = torch.randint(5, (HORIZON, num_envs, num_agents), generator=torch.Generator().manual_seed(0))
+def batched(name: str, num_envs: int, num_agents: int):
+    env = alice_bob.AliceBob(num_envs) if name == ALICEBOB else make(name, num_envs, num_agents)
+    act = torch.randint(
+        env.num_actions, (env.horizon, num_envs, num_agents), generator=torch.Generator().manual_seed(0)
+    )
 
     def episode() -> None:
         env.reset()
-        for t in range(HORIZON):
+        for t in range(env.horizon):
             env.step(act[t])
 
-    return episode, num_envs * HORIZON
+    return episode, num_envs * env.horizon
 
 
-def one_at_a_time(scenario: str, num_agents: int):
-    env = make_pettingzoo(scenario, num_agents)
-    if scenario == "tag":
-        numbers = {"num_adversaries": num_agents, "num_good": len(env.prey), "num_obstacles": env.rules.num_obstacles}
-        env = mpe2.simple_tag_v3.parallel_env(**numbers)
-    act = np.random.default_rng(0).integers(5, size=(HORIZON, len(env.possible_agents)))
+def one_at_a_time(name: str, num_agents: int):
+    if name == ALICEBOB:
+        env, steps = alice_bob.parallel_env(), alice_bob.HORIZON
+    else:
+        env = make_pettingzoo(name, num_agents)
+        steps = env.rules.horizon
+        if name == "tag":
+            numbers = {"num_adversaries": num_agents, "num_good": len(env.prey)}
+            env = mpe2.simple_tag_v3.parallel_env(**numbers, num_obstacles=env.rules.num_obstacles)
+    agents = env.possible_agents
+    act = np.random.default_rng(0).integers(env.action_space(agents[0]).n, size=(steps, len(agents)))
 
     def episode() -> None:
         env.reset()
-        for t in range(HORIZON):
-            env.step(dict(zip(env.possible_agents, act[t])))
+        for t in range(steps):
+            env.step(dict(zip(agents, act[t])))
 
-    return episode, HORIZON
+    return episode, steps
 
 
-def measure(args: Args, scenario: str, num_agents: int) -> list[dict]:
-    players = {"mpe2": one_at_a_time(scenario, num_agents)}
-    players |= {n: batched(scenario, n, num_agents) for n in args.num_envs}
+def measure(args: Args, name: str, num_agents: int) -> list[dict]:
+    players = {"PettingZoo": one_at_a_time(name, num_agents)}
+    players |= {n: batched(name, n, num_agents) for n in args.num_envs}
     rates = rates_in_turns(players, args.turns, args.min_seconds)
-    base, key = rates["mpe2"], {"scenario": scenario, "num_agents": num_agents}
+    base, key = rates["PettingZoo"], {"environment": name, "num_agents": num_agents}
     return [
-        key | {"num_envs": name, "steps_per_second": round(np.median(r)), "ratio": round(float(np.median(r / base)), 1)}
-        for name, r in rates.items()
+        key | {"num_envs": n, "steps_per_second": round(np.median(r)), "ratio": round(float(np.median(r / base)), 1)}
+        for n, r in rates.items()
     ]
 
 
 def draw(rows: list[dict], args: Args) -> None:
-    figure = matplotlib.figure.Figure(figsize=(4 * len(args.scenarios), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(args.scenarios), sharey=True, squeeze=False)[0]
-    for axis, scenario in zip(axes, args.scenarios):
-        for i, n in enumerate(args.num_agents):
-            some = [row for row in rows if (row["scenario"], row["num_agents"]) == (scenario, n)]
-            points = [(row["num_envs"], row["steps_per_second"]) for row in some if row["num_envs"] != "mpe2"]
-            axis.plot(*zip(*points), marker="o", color=f"C{i}", label=f"{n} agents")
-            axis.axhline(some[0]["steps_per_second"], color=f"C{i}", linestyle="--", linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="episodes side by side", title=scenario)
+    figure = matplotlib.figure.Figure(figsize=(3.6 * len(args.environments), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(args.environments), sharey=True, squeeze=False)[0]
+    colors = {n: f"C{i}" for i, n in enumerate(dict.fromkeys(row["num_agents"] for row in rows))}
+    for axis, name in zip(axes, args.environments):
+        for n, color in colors.items():
+            some = [row for row in rows if (row["environment"], row["num_agents"]) == (name, n)]
+            if some:
+                points = [(row["num_envs"], row["steps_per_second"]) for row in some[1:]]
+                axis.plot(*zip(*points), marker="o", color=color, label=f"{n} agents")
+                axis.axhline(some[0]["steps_per_second"], color=color, linestyle="--", linewidth=1)
+        axis.set(xscale="log", yscale="log", xlabel="episodes side by side", title=name)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("environment steps per second\n(dashed: mpe2, one episode)")
-    axes[0].legend()
-    figure.savefig(args.results / "simulator.png", dpi=120)
+        axis.legend()
+    axes[0].set_ylabel("environment steps per second\n(dashed: PettingZoo, one episode)")
+    figure.savefig(args.results / "simulator.png", dpi=110)
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
     args.results.mkdir(parents=True, exist_ok=True)
-    rows = [row for scenario in args.scenarios for n in args.num_agents for row in measure(args, scenario, n)]
+    games = [(name, n) for name in args.environments for n in ((2,) if name == ALICEBOB else args.num_agents)]
+    rows = [row for game in games for row in measure(args, *game)]
     with open(args.results / "simulator.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     draw(rows, args)
-    sizes = ["mpe2", *args.num_envs]
-    print(f"{torch.get_num_threads()} threads; steps per second (ratio to mpe2)\n")
-    print(f"| scenario | agents | mpe2 | {' | '.join(f'{n:,} at once' for n in args.num_envs)} |")
-    print("|---" * (2 + len(sizes)) + "|")
-    for scenario in args.scenarios:
-        for n in args.num_agents:
-            some = [row for row in rows if (row["scenario"], row["num_agents"]) == (scenario, n)]
-            cells = [f"{some[0]['steps_per_second']:,}"]
-            cells += [f"{row['steps_per_second']:,} ({row['ratio']:.0f}x)" for row in some[1:]]
-            print(f"| {scenario} | {n} | {' | '.join(cells)} |")
+    print(f"{torch.get_num_threads()} threads; steps per second (ratio to PettingZoo)\n")
+    print(f"| environment | agents | PettingZoo | {' | '.join(f'{n:,} at once' for n in args.num_envs)} |")
+    print("|---" * (3 + len(args.num_envs)) + "|")
+    for name, n in games:
+        some = [row for row in rows if (row["environment"], row["num_agents"]) == (name, n)]
+        cells = [f"{some[0]['steps_per_second']:,}"]
+        cells += [f"{row['steps_per_second']:,} ({row['ratio']:.0f}x)" for row in some[1:]]
+        print(f"| {name} | {n} | {' | '.join(cells)} |")
