@@ -18,7 +18,7 @@ import scipy.stats
 
 ROOT = Path(__file__).parent.parent
 RESULTS = (ROOT / "benchmark" / "results").resolve()
-GIT = ("rev-parse HEAD", "diff --quiet HEAD -- '*.py' ':!tests' ':!benchmark'")  # is the commit what trains?
+COMMIT = "git diff --quiet HEAD -- '*.py' ':!tests' ':!benchmark' && git rev-parse HEAD"  # if it is what trains
 
 
 def read(path: Path) -> list[dict]:
@@ -125,9 +125,8 @@ def resumable(run_dir: Path) -> bool:
     """Whether `run_dir` holds a run of this commit, ended or not, and no script differs from it now."""
     if not (run_dir / "checkpoint.pt").exists():
         return False
-    git = [subprocess.run(f"git {words}", shell=True, cwd=ROOT, capture_output=True, text=True) for words in GIT]
-    commit = json.loads((run_dir / "config.json").read_text())["git_commit"]
-    return git[1].returncode == 0 and commit == git[0].stdout.strip()
+    git = subprocess.run(COMMIT, shell=True, cwd=ROOT, capture_output=True, text=True)
+    return json.loads((run_dir / "config.json").read_text())["git_commit"] == git.stdout.strip()
 
 
 def late(metrics: list[dict], name: str) -> float | str:

@@ -65,10 +65,12 @@ def parse_options(text: str) -> dict:
 
 
 def one_line(error: BaseException, where: bool = False) -> str:
-    """The error, and where it was raised."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    place = f" at {os.path.basename(last.filename)}:{last.lineno}" if where else ""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300] + place
+    """The error, with `where` also the line that raised it."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if where:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text += f" at {os.path.basename(last.filename)}:{last.lineno}"
+    return text
 
 
 class UniformEnv(ParallelEnv):

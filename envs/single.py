@@ -50,7 +50,8 @@ class SingleEnv(ParallelEnv):
             raise RuntimeError("no episode is running: call reset()")
         known = set(actions) == set(self.agents)
         if not known or not all(self.action_spaces[agent].contains(act) for agent, act in actions.items()):
-            raise ValueError(f"actions must be in {self.action_spaces[self.agents[0]]} for each of {self.agents}")
+            space = self.action_spaces[self.agents[0]]
+            raise ValueError(f"actions must be in {space} for each of {self.agents}, got {actions}")
         act = torch.as_tensor(np.stack([actions[agent] for agent in self.agents]))[None]
         obs, team_reward, terminated = self.env.step(act if self.env.continuous else act.long())
         terminated = bool(terminated)

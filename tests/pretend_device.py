@@ -116,8 +116,13 @@ if __name__ == "__main__":
 
     make_generator, make_tensor = torch.Generator, torch.tensor
     torch.Generator, torch.tensor, torch.Tensor.new_tensor = Generator, tensor, new_tensor
-    choose_device = run_folder.choose_device
-    run_folder.choose_device = lambda args: DEVICE if choose_device(args) else None
+    usual = run_folder.choose_device  # which also sets threads and determinism
+
+    def choose_device(args) -> torch.device:
+        usual(args)
+        return DEVICE
+
+    run_folder.choose_device = choose_device
     with Watch(), Pretend():
         end = runpy.run_path(sys.argv[0], run_name="__main__")
     assert next(end["agent"].parameters()).device == DEVICE

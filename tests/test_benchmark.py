@@ -156,8 +156,8 @@ def test_a_run_that_was_broken_off_is_continued(benchmark_of, tmp_path, monkeypa
     assert not common.resumable(run_dir)
     (run_dir / "config.json").write_text(json.dumps(config))
     if config["git_commit"] is not None:  # None where the code is no clone
-        for other, same in (("rev-parse nothing", False), ("--version", True)):  # in place of the diff
-            monkeypatch.setattr(common, "GIT", (common.GIT[0], other))
+        for command, same in (("false", False), ("git rev-parse HEAD", True)):
+            monkeypatch.setattr(common, "COMMIT", command)
             assert common.resumable(run_dir) == same
         for _ in range(2):  # to the end; then there is nothing left to do
             metrics, summary = common.train(PETTINGZOO, [*flags, "--seed", "5"], run_dir, resume=True)
@@ -168,7 +168,7 @@ def test_a_run_that_was_broken_off_is_continued(benchmark_of, tmp_path, monkeypa
 
 
 def test_a_script_that_differs_from_its_commit_is_seen(benchmark_of, tmp_path):
-    changed = benchmark_of("common").GIT[1]
+    command = benchmark_of("common").COMMIT
     (tmp_path / "tests").mkdir()
     for name in ("script.py", "tests/test.py", "notes.md"):
         (tmp_path / name).write_text("")
@@ -176,7 +176,7 @@ def test_a_script_that_differs_from_its_commit_is_seen(benchmark_of, tmp_path):
     assert subprocess.run(commit, shell=True, cwd=tmp_path).returncode == 0
     for name, code in (("tests/test.py", 0), ("notes.md", 0), ("script.py", 1)):
         (tmp_path / name).write_text("# more")
-        assert subprocess.run(f"git {changed}", shell=True, cwd=tmp_path).returncode == code
+        assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == code
 
 
 def test_two_programs_do_not_share_a_run(benchmark_of, tmp_path):

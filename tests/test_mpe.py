@@ -253,8 +253,15 @@ def test_protocol(scenario, continuous):
     sizes = (env.num_envs, env.num_agents, env.horizon, env.num_actions, env.continuous)
     assert sizes == (5, 4, horizon, 5, continuous)
     check_env(env)
+    env.reset()
+    for _ in range(horizon):
+        act = torch.rand(5, 4, 5) if continuous else torch.randint(5, (5, 4))
+        assert not env.step(act)[2].any()
+    with pytest.raises(RuntimeError, match=str(horizon)):
+        env.step(act)
+    env.reset()
     with pytest.raises(ValueError, match="shape"):
-        env.step(torch.zeros(4, 4, 5) if continuous else torch.zeros(4, 4, dtype=torch.int64))
+        env.step(act[:4])
     env.agent_pos = env.agent_pos + 1
     assert torch.allclose(env.observe()[:, :, 2:4], env.agent_pos)
 
