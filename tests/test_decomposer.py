@@ -649,8 +649,9 @@ def test_replay_buffer_is_a_ring_of_episodes():
 
 def test_a_buffer_smaller_than_a_batch_can_be_sampled():
     buffer = ReplayBuffer(100, "cpu")
-    buffer.add(number=torch.arange(3))
-    assert buffer.sample(256)["number"].shape == (256,)
+    buffer.add(number=torch.arange(1, 4))
+    drawn = buffer.sample(256)["number"]
+    assert drawn.shape == (256,) and drawn.unique().tolist() == [1, 2, 3]  # no empty rows
 
 
 def test_centred_correlation_against_a_loop():

@@ -90,8 +90,27 @@ def test_an_oracle_is_evaluated_with_the_credits_of_mpe2s_state(run_script, monk
     assert len(frames) == 26 and episode["difference"].shape == (1, 25, 3)
     start = make_pettingzoo("spread", 3)
     start.reset(seed=seed)
+    places = [each["obs"][0, 0, :, 2:4] for each in (played[-1], episode)]
+    assert torch.equal(*places)  # where the agents of the drawn episode start
     start.step(dict.fromkeys(start.agents, 0))
     assert torch.allclose(start.oracles()["difference"][0].float(), episode["difference"][0, 0])
+
+
+def test_the_leftover_is_drawn_and_the_policy_is_sampled(run_script, monkeypatch, tmp_path):
+    drawn, played = {}, []
+    monkeypatch.setattr(
+        "evaluate.play_episode",
+        lambda *args, **more: played.append((args, play_episode(*args, **more))) or played[-1][1],
+    )
+    monkeypatch.setattr("evaluate.draw_credits", lambda path, *args: drawn.update(credits=args[0], leftover=args[1]))
+    monkeypatch.setattr("evaluate.log_to_tensorboard", lambda *args: None)
+    assert run_script(f"{TINY[MPE]} --decomposer-lr 0.1 --run-dir run", MPE)[0] == 0
+    (_, policy, *_), episode = played[-1]
+    team_return = episode["team_reward"].sum().item()
+    assert abs(drawn["credits"].sum()) > 0.1
+    assert drawn["leftover"] == pytest.approx(team_return - drawn["credits"].sum(), abs=1e-3)
+    acts = torch.stack([policy(torch.zeros(3, episode["obs"].shape[-1])) for _ in range(50)])
+    assert len(acts.unique()) > 1 and (acts != acts[0]).any()
 
 
 @pytest.mark.parametrize("leftover", [None, -40.0])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from envs.alice_bob import AliceBob, parallel_env
-from envs.mpe import make
-from evaluate import play_episode, play_episodes
+from envs.mpe import make, make_pettingzoo
+from evaluate import measure_credits, play_episode, play_episodes
 from stas_ippo_alicebob import ActorCritic, compute_gae, rollout
 from stas_ippo_mpe import ContinuousActorCritic
 
@@ -134,6 +134,15 @@ def test_continuous_actions_are_beta_draws():
     assert (act.var(0) / variance - 1).abs().max() < 0.06
 
 
+def test_continuous_actions_keep_from_where_densities_are_infinite():
+    agent = make_continuous_agent()
+    for bias in (-500.0, 500.0):
+        torch.nn.init.constant_(agent.actor[-1].bias[:5], bias)  # all of alpha
+        torch.nn.init.constant_(agent.actor[-1].bias[5:], -bias)
+        act, logprob, *_ = agent.get_action_and_value(torch.zeros(100, 2, 19), torch.zeros(100))
+        assert logprob.isfinite().all() and act.min() >= 1e-4 and act.max() <= 1 - 1e-4
+
+
 def test_continuous_logprob_and_entropy_by_numerical_integration():
     agent, obs = make_continuous_agent(), torch.randn(3, 2, 19)
     act, stored, *_ = agent.get_action_and_value(obs, torch.zeros(3))
@@ -199,6 +208,34 @@ def test_an_episode_on_pettingzoo_equals_the_batched_game():
         obs, reward, _ = env.step(episode["act"][:, t])
         assert episode["team_reward"][0, t].item() == pytest.approx(reward.item())
         assert torch.equal(episode["event"][0, t].long(), env.oracles()["event"][0])
+
+
+def test_agents_at_random_move_independently_of_each_other(monkeypatch):
+    played = []
+    monkeypatch.setattr(
+        "evaluate.play_episode", lambda *a, **more: played.append(play_episode(*a, **more)) or played[-1]
+    )
+    play_episodes(make_pettingzoo("spread", 3), None, 2, 0)
+    (first, second), act = (each["obs"][0, 0] for each in played), played[0]["act"][0]
+    assert not torch.equal(act[:, 0], act[:, 1]) and not torch.equal(first, second)
+
+
+def test_noise_of_credits_against_a_loop():
+    """Over the steps that were played, of the first 32 episodes only."""
+    torch.manual_seed(0)
+    episodes = {"valid": torch.arange(6) < torch.randint(1, 7, (40, 1)), "team_reward": torch.randn(40, 6)}
+    draws = [torch.randn(32, 6, 3) * episodes["valid"][:32].unsqueeze(2) for _ in range(4)]
+    left = iter(draws)
+    measured = measure_credits(
+        SimpleNamespace(credit="temporal"), lambda few: next(left), episodes, torch.randn(40, 6, 3)
+    )
+    noise = [
+        torch.stack([draw[e, t, i] for draw in draws]).std().item()
+        for e in range(32)
+        for t in range(int(episodes["valid"][e].sum()))
+        for i in range(3)
+    ]
+    assert measured["decomposer/credit_std"] == pytest.approx(sum(noise) / len(noise), rel=1e-4)
 
 
 def test_evaluation_counts_what_happened():

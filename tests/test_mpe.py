@@ -298,6 +298,41 @@ def test_options_that_make_no_sense(scenario, options, message):
             build(scenario=scenario, **{"num_agents": 3} | options)
 
 
+def test_prey_go_where_it_is_least_dangerous():
+    """The script of the prey against a loop over predators, obstacles and moves, in crowded states."""
+    env = make("tag", 200, 6, num_prey=2, dtype=torch.float64)
+    env.reset(seed=0)
+    env.agent_pos, env.landmark_pos = 0.4 * env.agent_pos, 0.6 * env.landmark_pos  # also two obstacles at once
+    env.prey_vel = torch.rand(200, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
+    moves, chosen = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)], env.prey_policy()
+    for e in range(200):
+        for i in range(2):
+            dangers = []
+            for move in moves:
+                place, speed = env.prey_pos[e, i].tolist(), env.prey_vel[e, i].tolist()
+                for _ in range(2):  # steps of 0.1, in which a quarter of the speed is lost and the force adds 0.4
+                    place = [x + 0.1 * v for x, v in zip(place, speed)]
+                    speed = [0.75 * v + 0.1 * 4 * m for v, m in zip(speed, move)]
+                danger = 1000 * sum(max(0, abs(x) - 0.9) for x in place)
+                for predator in env.agent_pos[e].tolist():
+                    if (distance := math.dist(place, predator)) < 0.2:
+                        danger += 1 / (distance**2 + 0.01) - 1 / (0.2**2 + 0.01)
+                danger += sum(100 * max(0, 0.25 - math.dist(place, rock)) for rock in env.landmark_pos[e].tolist())
+                dangers.append(danger)
+            assert dangers[chosen[e, i]] == pytest.approx(min(dangers), abs=1e-9)
+            if max(dangers) == 0:
+                assert chosen[e, i] == 0
+
+
+def test_sizes_of_the_games():
+    counts = {n: (env.num_prey, env.num_obstacles) for n in (2, 3, 4, 6, 7, 9) for env in [make("tag", 1, n)]}
+    assert counts == {2: (1, 2), 3: (1, 2), 4: (1, 3), 6: (2, 3), 7: (2, 5), 9: (3, 5)}
+    env = make("push", 4000, 3)
+    env.reset(seed=0)
+    apart = (env.ball_pos - env.landmark_pos).norm(dim=-1)
+    assert 0.8 <= apart.min() < 0.81 and env.ball_pos.abs().max() <= 0.8 and env.ball_mass == 2
+
+
 def test_prey_flee_random_predators_but_can_be_caught():
     """Share of episodes with a touch: predators at random, and predators that run straight at the prey."""
     rates = {}

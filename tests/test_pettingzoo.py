@@ -45,7 +45,7 @@ class Walk(ParallelEnv):
             }
         if fault == "space":
             self.spaces["c"] = MultiBinary(3)
-        self.taken, self.seed = [], 0
+        self.taken, self.seed, self.paid = [], 0, 0
 
     def observation_space(self, agent):
         return self.spaces[agent]
@@ -54,7 +54,7 @@ class Walk(ParallelEnv):
         return self.actions[agent]
 
     def observe(self):
-        values = {"a": np.full((2, 2), self.t / 10), "b": 1 + self.t, "c": np.array([self.seed % 10])}
+        values = {"a": np.full((2, 2), self.t / 10), "b": min(1 + self.t, 3), "c": np.array([self.seed % 10])}
         return {agent: values[agent] for agent in self.agents}
 
     def reset(self, seed=None, options=None):
@@ -67,6 +67,8 @@ class Walk(ParallelEnv):
         if self.fault == "raise" and self.t == 2:
             raise KeyError("a bug")
         observed, before = self.observe(), self.agents
+        if self.fault == "large":
+            observed["c"] = np.array([7e4])
         if self.fault == "nan":
             observed["a"] = np.full((2, 2), np.nan)
         if self.fault == "unseen":
@@ -77,12 +79,17 @@ class Walk(ParallelEnv):
         won = any(np.ndim(action) == 0 and action == 1 for action in actions.values())
         gone = {agent: won or (agent == "b" and self.t == 2) for agent in before}
         self.agents = [] if over else [agent for agent in before if not gone[agent]]
+        if self.fault == "one by one":
+            gone = {agent: "cba".index(agent) + 1 == self.t for agent in before}
+            self.agents = before
         if self.fault in ("stay", "stay unseen"):
             self.agents = before
         if self.fault == "stay unseen" and self.t > 2:
             observed.pop("b", None)
         reward = np.inf if self.fault == "inf" else 3.0
         rewards = {agent: reward * (agent == "a") for agent in before if self.fault != "unpaid" or agent != "c"}
+        if self.fault == "pension" and "b" not in before:
+            rewards["b"], self.paid = 1.0, self.paid + 1
         return observed, rewards, gone, {agent: over for agent in before}, {agent: {} for agent in before}
 
 
@@ -172,6 +179,7 @@ def test_a_batch_freezes_what_has_ended(workers):
     "fault, message",
     [("raise", r"seed 5, step 2: KeyError: 'a bug' at test_pettingzoo\.py:\d+$")]
     + [("nan", "step 1: an observation of a is not finite"), ("inf", "step 1: a reward is not finite")]
+    + [("large", "step 1: an observation of c is not finite, or beyond 65,504")]
     + [("unseen", "no observations of c, only of a, b"), ("unpaid", "no rewards of c, only of a, b")]
     + [("unknown", r"an observation of b is 9, not in Discrete\(3, start=1\)")],
 )
@@ -200,6 +208,36 @@ def test_agents_that_are_still_listed_when_they_have_ended(first):
         if env.agents:
             _, _, ends, cuts, _ = env.step({"a": act, "b": 0, "c": 0})
     assert (env.t, env.agents, env.terminated) == (2 - first, [], bool(first)) and all(ends.values()) == bool(first)
+
+
+def test_an_end_by_the_rules_at_the_limit_is_no_truncation():
+    """Whether all end at once, or one after the other while they stay listed."""
+    env = walk(6)
+    env.reset(seed=1)
+    for t in range(6):
+        _, _, ends, cuts, _ = env.step(dict.fromkeys("abc", int(t == 5)))
+    assert env.terminated and all(ends.values()) and not any(cuts.values())
+    env = walk(6, fault="one by one", limit=0)
+    env.reset(seed=1)
+    for _ in range(3):
+        assert env.agents and not env.terminated
+        _, _, ends, cuts, _ = env.step(dict.fromkeys("abc", 0))
+    assert env.terminated and all(ends.values()) and not any(cuts.values())
+
+
+def test_a_limit_before_the_horizon_is_refused_though_all_are_still_listed():
+    env = walk(6, fault="stay", limit=2)
+    env.reset(seed=1)
+    with pytest.raises(EnvFailure, match="--horizon must be at most 2"):
+        for _ in range(3):
+            env.step(dict.fromkeys("abc", 0))
+
+
+def test_agents_that_have_left_earn_nothing_more():
+    env = walk(fault="pension")
+    env.reset(seed=1)
+    earned = [env.step(dict.fromkeys("abc", 0))[1]["b"] for _ in range(4)]
+    assert earned == [0, 0, 0, 0] and env.env.paid == 2
 
 
 def test_an_id_of_the_registry_is_its_module():
@@ -322,7 +360,9 @@ def test_foraging_pays_those_who_load_together():
     for _ in range(50):
         *_, terminated, truncated, _ = env.step(dict.fromkeys(env.agents, none))
     assert all(truncated.values()) and not any(terminated.values()) and env.agents == []
-    for seed in range(30):  # an episode owes nothing to the one before
+    for seed in range(30):  # nobody can load alone, and an episode owes nothing to the one before
+        env.reset(seed)
+        assert set(env.game.field[env.game.field > 0]) == {sum(player.level for player in env.game.players)}
         fresh = foraging.parallel_env(size=5, food=1)
         assert np.array_equal(fresh.reset(seed)[0][first], env.reset(seed)[0][first])
         for _ in range(9):
@@ -462,6 +502,8 @@ def test_a_run_of_two_processes_that_loses_one_resumes_to_the_digit(tmp_path):
     assert part.wait(60) != 0
     assert "another process of this run has ended" in part.stdout.read()
     assert json.loads((tmp_path / "part" / "config.json").read_text())["processes"] == 2
+    first, second = torch.load(tmp_path / "part" / "checkpoint.pt", weights_only=True)["buffer"]
+    assert not torch.equal(first["data"]["obs"], second["data"]["obs"])  # episodes of their own
     steps = 400 * (len(read_metrics(tmp_path / "part")) + 2)
     weights = []
     for flags in ("--resume part", "--run-dir whole"):

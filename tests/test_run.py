@@ -479,6 +479,16 @@ def test_what_cannot_be_parsed_gets_exit_code_2(script, flags, run_script, tmp_p
     assert code == 2 and err and not list(tmp_path.iterdir())
 
 
+class Touch:
+    """When it is unpickled, it makes a file."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
 def test_resume_refuses_what_is_not_a_run(run_script, tiny, no_evaluation, tmp_path):
     def refused(why: str) -> None:
         code, out, err = run_script("--resume run")
@@ -524,6 +534,9 @@ def test_resume_refuses_what_is_not_a_run(run_script, tiny, no_evaluation, tmp_p
     for wrong in ([1, 2], {}, state | {"agent": {}}, state | {"buffer": None}, state | {"iteration": "three"}, 7):
         torch.save(wrong, run / "checkpoint.pt")
         refused("checkpoint.pt")
+    torch.save(state | {"agent": Touch(str(tmp_path / "touched"))}, run / "checkpoint.pt")  # to load it runs no code
+    refused("checkpoint.pt")
+    assert not (tmp_path / "touched").exists()
     (run / "checkpoint.pt").write_bytes(checkpoint)
     (run / "config.json").write_text(json.dumps(json.loads(config) | {"flags": flags | {"emb_dim": 16}}))
     refused("checkpoint.pt")
@@ -782,7 +795,7 @@ def test_a_short_run_learns_to_stop_bumping(script, run_script, no_evaluation, t
     first, last = (
         float(rows[i]["charts/episodic_return"]) - 100 * float(rows[i]["charts/treasure_rate"]) for i in (0, -1)
     )
-    assert first < -2.2 and last > first + 0.5
+    assert first < -2.2 and last > first + 1.2
 
 
 @pytest.mark.parametrize("script", [MPE], indirect=True)
