@@ -31,6 +31,12 @@ ALICEBOB, MPE, ANY = "stas_ippo_alicebob.py", "stas_ippo_mpe.py", "stas_ippo_pet
 NEAREST_FIRST = '{"num_agent_neighbors":2,"num_landmark_neighbors":3}'
 SMALL_PURSUIT = '{"max_cycles":100,"x_size":10,"y_size":10,"n_evaders":10}'
 PURSUIT = f"--env-id pettingzoo.sisl.pursuit_v5 --env-kwargs {SMALL_PURSUIT} --horizon 100 --num-envs 16"
+RELEASED = (  # the released code's settings in MPE, as far as there are flags for them, and the steps of its script
+    "--num-envs 82 --total-timesteps 2050000 --no-nearest-first --learning-rate 1e-4 --gae-lambda 0.95 "
+    "--num-minibatches 48 --clip-coef 0.5 --clip-vloss --max-grad-norm 10 --no-anneal-ent --embedding linear "
+    "--no-outcome --emb-dim 128 --num-heads 4 --num-layers 3 --decomposer-lr 5e-4 --decomposer-batch-size 256 "
+    "--decomposer-updates 5 --buffer-size 15000 --learning-starts 4000"
+)
 TASKS = {  # name: script, flags, seeds
     "Alice & Bob": (ALICEBOB, "", 10),
     "spread 3": (MPE, "", 8),
@@ -41,6 +47,7 @@ TASKS = {  # name: script, flags, seeds
     "spread 3, 50 steps": (MPE, "--max-cycles 50 --num-envs 64", 5),
     "spread 3, 100 steps": (MPE, "--max-cycles 100 --num-envs 32", 5),
     "spread 15": (MPE, "--num-agents 15 --total-timesteps 345000", 3),
+    "spread 3, released settings": (MPE, RELEASED, 1),
     "simple_spread": (ANY, f"--env-id mpe2.simple_spread_v3 --env-kwargs {NEAREST_FIRST}", 3),
     "simple_reference": (ANY, "--env-id mpe2.simple_reference_v3 --total-timesteps 200000", 3),
     "simple_speaker_listener": (ANY, "--env-id mpe2.simple_speaker_listener_v4 --total-timesteps 200000", 3),
@@ -52,6 +59,8 @@ TASKS = {  # name: script, flags, seeds
     ),
 }
 GRID = [task for task, (script, *_) in TASKS.items() if script != ANY]  # those on batched environments
+# How many times its steps `episodic` makes in the time of `stas`, where it is not twice.
+PACE = {"Alice & Bob": 1.8, "push 3": 2.3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 3}
 ROWS = {  # name: flags
     "stas": "",
     "STAS-ML": "",
@@ -62,6 +71,7 @@ ROWS = {  # name: flags
     "temporal": "--credit temporal",
     "uniform": "--credit uniform",
     "episodic": "--credit episodic",
+    "episodic, equal time": "--credit episodic",  # and more steps
     "dense": "--credit dense",
     "difference": "--credit difference",
     "shapley": "--credit shapley",
@@ -81,10 +91,12 @@ SETTINGS |= {
     "stas, 3 coalitions": ("--mc-samples 3", ["spread 3"]),
     "stas, 10 coalitions": ("--mc-samples 10", ["spread 3"]),
     "stas, centralized critic": ("--critic centralized", ["spread 3"]),
-    "stas, 8 updates": ("--decomposer-updates 8", ["pursuit"]),
+    "stas, 8 updates": ("--decomposer-updates 8", ["pursuit", "Alice & Bob"]),
+    "stas, 32 updates": ("--decomposer-updates 32", ["Alice & Bob"]),
 }
 ROWS |= {name: flags for name, (flags, _) in SETTINGS.items()}
-HEADLINE = ["stas", "STAS-ML", "stas, conserve none", "stas, coalition all", "temporal", "uniform", "episodic"]
+HEADLINE = ["stas", "episodic", "episodic, equal time"]
+HEADLINE += ["STAS-ML", "stas, conserve none", "stas, coalition all", "temporal", "uniform"]
 FOUND = 0.9  # the treasure rate in Alice & Bob that counts as learned
 
 
@@ -114,16 +126,31 @@ class Args:
     """run nothing"""
 
 
+def usual_flags(task: str, row: str) -> str:
+    flags = f"{TASKS[task][1]} {ROWS[row]}"
+    if row == "episodic, equal time":
+        flags += f" --total-timesteps {round(PACE.get(task, 2) * steps_of(flags))}"
+    return " ".join(flags.split())
+
+
+def steps_of(flags: str) -> int:
+    return int((600_000, *re.findall(r"--total-timesteps (\d+)", flags))[-1])
+
+
 def flags_of(args: Args, task: str, row: str) -> str:
-    flags = f"{TASKS[task][1]} {ROWS[row]} {args.flags}"
+    flags = f"{usual_flags(task, row)} {args.flags}"
     if args.smoke:
-        steps = int((*re.findall(r"--total-timesteps (\d+)", flags), 600_000)[0])
-        flags += f" --total-timesteps {steps // 100} --eval-episodes 2"
+        flags += f" --total-timesteps {steps_of(flags) // 100} --eval-episodes 2"
     return " ".join(flags.split())
 
 
 def fits(task: str, row: str) -> bool:
-    """SETTINGS name their tasks; exact Shapley values and differences are known in spread; STAS-ML is for MPE."""
+    """SETTINGS name their tasks; exact Shapley values and differences are known in spread; STAS-ML is for MPE. With
+    the released settings a run takes hours."""
+    if TASKS[task][1] == RELEASED:
+        return row in ("stas", "stas, conserve none", "episodic", "dense")
+    if row == "episodic, equal time":
+        return task in GRID
     if row in SETTINGS:
         return task in SETTINGS[row][1]
     if row in ("shapley", "difference"):
@@ -181,7 +208,7 @@ def groups(rows: list[dict]) -> dict[str, list[dict]]:
     order = {name: i for i, name in enumerate(ROWS)}
     found: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: (order[row["row"]], row["flags"], row["threads"], int(row["seed"]))):
-        usual = " ".join(f"{TASKS[row['task']][1]} {ROWS[row['row']]}".split())
+        usual = usual_flags(row["task"], row["row"])
         more = [row["flags"].removeprefix(usual).strip(), f"{row['threads']} threads" * (row["threads"] != "1")]
         found.setdefault(" ".join(filter(None, [row["row"], *more])), []).append(row)
     return found
@@ -261,6 +288,11 @@ def iqm(scores: list[np.ndarray]) -> np.ndarray:
     return trim_mean(np.concatenate(scores, axis=-1), 0.25, axis=-1)
 
 
+def mean_over_tasks(scores: list[np.ndarray]) -> np.ndarray:
+    """Every task counts the same, however many seeds it has; over the last axes."""
+    return np.mean([each.mean(axis=-1) for each in scores], axis=0)
+
+
 def better(runs: np.ndarray, others: np.ndarray) -> np.ndarray:
     """The probability that a run earns more than another's, ties half; over the last axes."""
     above = np.sign(runs[..., :, None] - others[..., None, :]).mean(axis=(-1, -2))
@@ -277,15 +309,16 @@ def with_interval(statistic, samples: list[list[float]]) -> str:
 
 def summary_table(rows: list[dict], tasks: list[str]) -> str:
     """Over all tasks on which `episodic` and `dense` have two seeds or more, the rows that have as many on each."""
-    head = "credit | tasks | interquartile mean of the score | probability of a better end than `episodic`"
-    lines = [f"| {head} |", "|---" * 4 + "|"]
+    head = "credit | tasks | interquartile mean of the score | mean over tasks"
+    head += " | probability of a better end than `episodic`"
+    lines = [f"| {head} |", "|---" * 5 + "|"]
     found = [groups([row for row in rows if row["task"] == task]) for task in tasks]
     found = [some for some in found if min(len(some.get(name, [])) for name in ("episodic", "dense")) > 1]
     lows = [np.mean(values(some["dense"], "random_return")) for some in found]
 
-    def score(*draws) -> np.ndarray:
-        """Of the returns of a row and of `dense` in turns, task by task."""
-        return iqm([normalised(*each) for each in zip(draws[::2], lows, draws[1::2])])
+    def score(average, *draws) -> np.ndarray:
+        """The average score, from the returns of a row and of `dense` in turns, task by task."""
+        return average([normalised(*each) for each in zip(draws[::2], lows, draws[1::2])])
 
     def chance(*draws) -> np.ndarray:
         """Of the returns of a row and of `episodic` in turns; every task counts the same."""
@@ -296,11 +329,9 @@ def summary_table(rows: list[dict], tasks: list[str]) -> str:
         return [values(some[name], "training_return") for some in found for name in names]
 
     for name in [name for name in ROWS if found and all(len(some.get(name, [])) > 1 for some in found)]:
-        cells = [f"{name} | {len(found)}", "1 by definition", ""]
-        if name != "dense":
-            cells[1] = with_interval(score, returns(name, "dense"))
-        if name != "episodic":
-            cells[2] = with_interval(chance, returns(name, "episodic"))
+        cells = [f"{name} | {len(found)}"]
+        cells += [with_interval(partial(score, average), returns(name, "dense")) for average in (iqm, mean_over_tasks)]
+        cells.append("" if name == "episodic" else with_interval(chance, returns(name, "episodic")))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -420,7 +451,7 @@ if __name__ == "__main__":
     keys = ("task", "row", "seed", "flags", "threads")
     jobs = [(*job, flags_of(args, *job[:2]), args.threads) for job in jobs]
     wanted = [job[:3] for job in missing(args.results / "learning.csv", keys, jobs)]
-    if not jobs:
+    if not jobs and not args.report:
         sys.exit("error: --rows: must be some of these tasks; SETTINGS, oracles and STAS-ML are not of all")
     if not args.report:
         run_all(partial(run, args), wanted, args.workers)

@@ -67,6 +67,28 @@ def test_what_pays_an_agent_that_goes_to_the_free_landmark(benchmark_of):
     assert (credits["dense"] - credits["difference"]).std().item() == pytest.approx(0, abs=1e-9)
 
 
+def test_a_credit_that_never_changes_is_one_deviation_from_the_values(benchmark_of, monkeypatch):
+    class Constant(torch.nn.Module):
+        def __init__(self, args, env):
+            super().__init__()
+            self.credit = torch.nn.Parameter(torch.tensor(0.2))
+
+        def forward(self, obs, act, valid):
+            return self.credit.expand(act.shape)
+
+    games = benchmark_of("shapley_games")
+    monkeypatch.setattr(games, "Decomposer", Constant)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    (row,) = games.play_game(games.STAS, "additive", 2, 1, 300)
+    assert row["error"] == row["exact_error"] == pytest.approx(1, abs=0.01) and row["explained_variance"] == 0
+    assert row["equal_error"] == pytest.approx(math.sqrt(1 / 2), abs=0.02)  # half the variance is between the agents
+
+
+def test_the_last_tenth_of_a_training(benchmark_of):
+    metrics = [{"return": str(i), "sometimes": str(i) if i == 18 else "", "never": ""} for i in range(20)]
+    assert [benchmark_of("common").late(metrics, name) for name in metrics[0]] == [18.5, 18.0, ""]
+
+
 def test_unknown_game(benchmark_of):
     with pytest.raises(ValueError, match="game"):
         benchmark_of("shapley_games").game("chess", torch.ones(3))
@@ -112,6 +134,7 @@ def test_statistics_over_tasks_by_counting(benchmark_of):
     drawn = learning.normalised(np.array([[-5.0, -1.0], [0.0, 1.0]]), -10.0, np.array([[-2.0, 2.0], [-10.0, 30.0]]))
     assert drawn.tolist() == [[0.5, 0.9], [0.5, 0.55]]
     assert learning.iqm([np.array(each) for each in scores]) == pytest.approx((0.5 + 0.5 + 0.6 + 0.68) / 4)
+    assert learning.mean_over_tasks([np.array([1.0]), np.array([0.0, 0.0, 6.0])]) == pytest.approx((1 + 2) / 2)
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[0] for b in scores[1]]
     assert learning.better(*map(np.array, scores)) == pytest.approx(sum(pairs) / 16)
     value, low, high = map(float, re.findall(r"[-\d.]+", learning.with_interval(lambda *s: learning.iqm(s), scores)))
@@ -129,11 +152,7 @@ def test_the_table_of_scores_by_hand(benchmark_of):
     rows = [
         {"task": "spread 6", "row": row, "seed": str(seed), "threads": "1", "training_return": str(value)}
         | {"random_return": str(-2 - 2 * seed)}
-        | {
-            "flags": " ".join(
-                f"{benchmark_of('learning').TASKS['spread 6'][1]} {benchmark_of('learning').ROWS[row]} {more}".split()
-            )
-        }
+        | {"flags": f"{benchmark_of('learning').usual_flags('spread 6', row)} {more}".strip()}
         for (row, more), some in kinds.items()
         for seed, value in enumerate(some)
     ]

@@ -69,8 +69,8 @@ PARTS_OF_THE_GRID = [c for c in COMMANDS if c.startswith("python benchmark/learn
 
 @pytest.mark.parametrize("command", PARTS_OF_THE_GRID)
 def test_commands_for_parts_of_the_grid(command, monkeypatch, capsys, tmp_path):
-    """They begin the runs that they name, with flags that the scripts take, and print their tables. What stands in for
-    the runs here is made up; test_benchmark_commands trains some of the grid."""
+    """They begin the runs that they name, with flags that the scripts take, once, and print their tables. What stands
+    in for the runs here is made up; test_benchmark_commands trains some of the grid."""
     begun, lock = [], threading.Lock()
 
     def train(script, flags, run_dir, *rest, **options):
@@ -78,12 +78,10 @@ def test_commands_for_parts_of_the_grid(command, monkeypatch, capsys, tmp_path):
         with lock:  # tyro is not made for threads
             begun.append(args := tyro.cli(module.Args, args=flags))
         run_dir.mkdir(parents=True)
-        row = dict.fromkeys(module.METRICS, str(args.seed + 10 * len(args.credit)))
-        summary = {
-            f"{who}/{name}": 1.0 for who in ("eval", "random") for name in ("episodic_return", "episodic_length")
-        }
-        summary |= {"eval/treasure_rate": 1.0, "global_step": 9, "wall_time": 0.5}
-        return [row | {"global_step": "5"}, row | {"global_step": "9"}], summary
+        rows = [dict.fromkeys(module.METRICS, str(args.seed + 10 * len(args.credit) + more)) for more in (0, 1)]
+        summary = {"eval/episodic_return": 1.0, "random/episodic_return": 0.5, "eval/episodic_length": 20.0}
+        summary |= {"eval/treasure_rate": 1.0, "global_step": 9, "wall_time": 7.0}
+        return [row | {"global_step": step} for row, step in zip(rows, "59")], summary
 
     monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
     monkeypatch.setattr("common.train", train)
@@ -95,6 +93,15 @@ def test_commands_for_parts_of_the_grid(command, monkeypatch, capsys, tmp_path):
     assert len(begun) == seeds * len(args.rows)
     assert all(f"\n| {row} " in printed for row in args.rows)
     assert len({args.seed for args in begun}) == len(args.seeds) or not args.seeds
+    results = learning["read"](tmp_path / "learning.csv")
+    for row in results:
+        value = float(row["mean_return"]) - 0.5
+        assert (float(row["training_return"]), float(row["explained_variance"])) == (value + 1, value + 1)
+        known = {name: float(row[name]) for name in ("return", "random_return", "length", "steps", "seconds")}
+        assert known == {"return": 1, "random_return": 0.5, "length": 20, "steps": 9, "seconds": 7}
+        assert row["steps_to_found"] == "5" * (row["task"] == "Alice & Bob")
+    runpy.run_path(str(ROOT / program), run_name="__main__")
+    assert len(begun) == len(results) and learning["read"](tmp_path / "learning.csv") == results  # nothing was missing
 
 
 @pytest.mark.parametrize(
@@ -104,7 +111,6 @@ def test_benchmark_commands(command, tmp_path):
     small = {
         "benchmark/frontier.py": ["--tasks", "spread 3", "--changes", "default", "dense", f"--flags={TINY[MPE]}"],
         "benchmark/aligned.py": ["--points", "21"],
-        "benchmark/gridworld.py": ["--num-envs", "1", "8", "--turns", "1", "--min-seconds", "0.01"],
         "benchmark/learning.py": [
             *["--tasks", "spread 3", "simple_reference", "Alice & Bob", "--rows", "stas", "shapley", "--seeds", "1"],
             f"--flags={TINY[MPE]}",
