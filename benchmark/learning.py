@@ -59,8 +59,9 @@ TASKS = {  # name: script, flags, seeds
     ),
 }
 GRID = [task for task, (script, *_) in TASKS.items() if script != ANY]  # those on batched environments
-# How many times its steps `episodic` makes in the time of `stas`, where it is not twice.
+# How many steps `episodic` makes in the time of one of `stas`.
 PACE = {"Alice & Bob": 1.8, "push 3": 2.3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 3}
+PACE |= dict.fromkeys(("spread 3", "tag 3", "spread 6", "tag 6", "spread 15"), 2)
 ROWS = {  # name: flags
     "stas": "",
     "STAS-ML": "",
@@ -129,7 +130,7 @@ class Args:
 def usual_flags(task: str, row: str) -> str:
     flags = f"{TASKS[task][1]} {ROWS[row]}"
     if row == "episodic, equal time":
-        flags += f" --total-timesteps {round(PACE.get(task, 2) * steps_of(flags))}"
+        flags += f" --total-timesteps {round(PACE[task] * steps_of(flags))}"
     return " ".join(flags.split())
 
 
@@ -150,7 +151,7 @@ def fits(task: str, row: str) -> bool:
     if TASKS[task][1] == RELEASED:
         return row in ("stas", "stas, conserve none", "episodic", "dense")
     if row == "episodic, equal time":
-        return task in GRID
+        return task in PACE
     if row in SETTINGS:
         return task in SETTINGS[row][1]
     if row in ("shapley", "difference"):

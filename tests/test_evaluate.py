@@ -74,15 +74,25 @@ def test_another_checkpoint_and_what_cannot_be_evaluated(run_script, no_pictures
         assert code == 2 and out == "" and len(err.splitlines()) == 1 and why in err
 
 
-def test_an_oracle_is_evaluated_with_the_credits_of_mpe2s_state(run_script, monkeypatch, tmp_path):
+@pytest.fixture
+def looked_at(monkeypatch) -> tuple[dict, list]:
+    """What evaluations draw as credits and leftover, and every policy that they play with its episode."""
     drawn, played = {}, []
-    monkeypatch.setattr(
-        "evaluate.play_episode", lambda *args, **more: played.append(play_episode(*args, **more)) or played[-1]
-    )
+
+    def play(env, policy, *args, **options) -> dict:
+        played.append((policy, play_episode(env, policy, *args, **options)))
+        return played[-1][1]
+
+    monkeypatch.setattr("evaluate.play_episode", play)
     monkeypatch.setattr("evaluate.draw_credits", lambda path, *args: drawn.update(credits=args[0], leftover=args[1]))
     monkeypatch.setattr("evaluate.log_to_tensorboard", lambda *args: None)
+    return drawn, played
+
+
+def test_an_oracle_is_evaluated_with_the_credits_of_mpe2s_state(run_script, looked_at, tmp_path):
+    drawn, played = looked_at
     assert run_script(f"{TINY[MPE]} --credit difference --run-dir run", MPE)[0] == 0
-    assert drawn["leftover"] is None and np.array_equal(drawn["credits"], played[-1]["difference"][0].numpy())
+    assert drawn["leftover"] is None and np.array_equal(drawn["credits"], played[-1][1]["difference"][0].numpy())
     # Those of the first step depend on where the agents start and go: read them off mpe2's state.
     seed = int(np.random.SeedSequence((1, 0)).generate_state(1)[0])
     env, frames = make_pettingzoo("spread", 3, render_mode="rgb_array"), []
@@ -90,22 +100,16 @@ def test_an_oracle_is_evaluated_with_the_credits_of_mpe2s_state(run_script, monk
     assert len(frames) == 26 and episode["difference"].shape == (1, 25, 3)
     start = make_pettingzoo("spread", 3)
     start.reset(seed=seed)
-    places = [each["obs"][0, 0, :, 2:4] for each in (played[-1], episode)]
+    places = [each["obs"][0, 0, :, 2:4] for each in (played[-1][1], episode)]
     assert torch.equal(*places)  # where the agents of the drawn episode start
     start.step(dict.fromkeys(start.agents, 0))
     assert torch.allclose(start.oracles()["difference"][0].float(), episode["difference"][0, 0])
 
 
-def test_the_leftover_is_drawn_and_the_policy_is_sampled(run_script, monkeypatch, tmp_path):
-    drawn, played = {}, []
-    monkeypatch.setattr(
-        "evaluate.play_episode",
-        lambda *args, **more: played.append((args, play_episode(*args, **more))) or played[-1][1],
-    )
-    monkeypatch.setattr("evaluate.draw_credits", lambda path, *args: drawn.update(credits=args[0], leftover=args[1]))
-    monkeypatch.setattr("evaluate.log_to_tensorboard", lambda *args: None)
+def test_the_leftover_is_drawn_and_the_policy_is_sampled(run_script, looked_at, tmp_path):
+    drawn, played = looked_at
     assert run_script(f"{TINY[MPE]} --decomposer-lr 0.1 --run-dir run", MPE)[0] == 0
-    (_, policy, *_), episode = played[-1]
+    policy, episode = played[-1]
     team_return = episode["team_reward"].sum().item()
     assert abs(drawn["credits"].sum()) > 0.1
     assert drawn["leftover"] == pytest.approx(team_return - drawn["credits"].sum(), abs=1e-3)

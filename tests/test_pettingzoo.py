@@ -225,14 +225,6 @@ def test_an_end_by_the_rules_at_the_limit_is_no_truncation():
     assert env.terminated and all(ends.values()) and not any(cuts.values())
 
 
-def test_a_limit_before_the_horizon_is_refused_though_all_are_still_listed():
-    env = walk(6, fault="stay", limit=2)
-    env.reset(seed=1)
-    with pytest.raises(EnvFailure, match="--horizon must be at most 2"):
-        for _ in range(3):
-            env.step(dict.fromkeys("abc", 0))
-
-
 def test_agents_that_have_left_earn_nothing_more():
     env = walk(fault="pension")
     env.reset(seed=1)
@@ -297,10 +289,12 @@ def test_an_environment_without_pictures_is_evaluated(blind, run_script, tmp_pat
     assert (tmp_path / "run" / "credit.png").exists() and not (tmp_path / "run" / "episode.gif").exists()
 
 
-def test_a_limit_before_the_horizon_is_refused():
-    env = walk(horizon=7)
+@pytest.mark.parametrize("limit, fault", [(6, None), (2, "stay")])
+def test_a_limit_before_the_horizon_is_refused(limit, fault):
+    """Also if all agents are still listed when they have ended."""
+    env = walk(horizon=7, limit=limit, fault=fault)
     env.reset(seed=1)
-    with pytest.raises(EnvFailure, match="--horizon must be at most 6"):
+    with pytest.raises(EnvFailure, match=f"--horizon must be at most {limit}"):
         for _ in range(7):
             env.step(dict.fromkeys("abc", 0))
 
