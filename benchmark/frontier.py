@@ -1,7 +1,7 @@
 """Where the decomposer's time is well spent: return against seconds over its updates, batch size and buffer.
 
-    python benchmark/frontier.py              # all runs that are missing, then the tables and the figure
-    python benchmark/frontier.py --report     # only the tables and the figure
+    python benchmark/frontier.py              # all runs that are missing, then the table and the figure
+    python benchmark/frontier.py --report     # only the table and the figure
 
 Every run makes the same number of environment steps with one setting changed. The seed is one of those on which the
 defaults were chosen. Runs and files are those of learning.py, in benchmark/results/tuning.
@@ -29,6 +29,7 @@ CHANGES = {  # name: row of learning.py, flags
     "episodic": ("episodic", ""),
     "dense": ("dense", ""),
 }
+KEYS = ("task", "row", "flags", "threads", "seed")  # the columns of learning.csv that tell runs apart
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Args:
     changes: list[Literal[tuple(CHANGES)]] = field(default_factory=lambda: list(CHANGES))
     """what to change, one at a time"""
     seeds: list[int] = field(default_factory=lambda: [11])
-    """seeds to run"""
+    """seeds to run and report"""
     workers: int = 2
     """runs side by side, one CPU thread each"""
     flags: str = ""
@@ -66,29 +67,34 @@ def run(args: Args, task: str, change: str, seed: int) -> None:
 
 
 def report(args: Args, rows: list[dict]) -> None:
-    """A table and a panel for each task; points are means over the seeds."""
+    """A table of all tasks, and a panel for each; both are of means over the seeds."""
     figure = matplotlib.figure.Figure(figsize=(5.5 * len(args.tasks), 4), layout="constrained")
+    cells: dict[str, list[str]] = {change: [] for change in CHANGES}
     for axis, task in zip(figure.subplots(1, len(args.tasks), squeeze=False)[0], args.tasks):
-        print(f"\n{task}:\n\n| | seeds | last training return | mean of training | explained variance | seconds |")
-        print("|---" * 6 + "|")
         for change in CHANGES:
             key = key_of(args, task, change)
-            some = [row for row in rows if (row["task"], row["row"], row["flags"], row["threads"]) == (*key, "1")]
+            some = [row for row in rows if tuple(row[each] for each in KEYS[:-1]) == (*key, "1")]
+            some = [row for row in some if int(row["seed"]) in args.seeds]
             if not some:
+                cells[change] += ["", "", ""]
                 continue
             columns = ("training_return", "mean_return", "explained_variance", "seconds")
-            values = [np.mean([float(row[column]) for row in some if row[column]] or [np.nan]) for column in columns]
-            fitted = "" if np.isnan(values[2]) else f"{values[2]:.2f}"
-            print(f"| {change} | {len(some)} | {values[0]:.2f} | {values[1]:.2f} | {fitted} | {values[3]:.0f} |")
-            axis.plot(values[3], values[0], "k*" if change == "default" else "o", markersize=9)
+            last, mean, fitted, seconds = (np.mean(learning.values(some, c) or [np.nan]) for c in columns)
+            fit = "" if np.isnan(fitted) else f"{fitted:.2f}"
+            cells[change] += [f"{last:.2f} ({mean:.2f})", fit, f"{seconds:.0f}"]
+            axis.plot(seconds, last, "k*" if change == "default" else "o", markersize=9)
             offset = (6, 4) if change in ("default", "2 updates", "64 updates", "batch 128") else (6, -11)
-            axis.annotate(change, (values[3], values[0]), xytext=offset, textcoords="offset points", fontsize=8)
+            axis.annotate(change, (seconds, last), xytext=offset, textcoords="offset points", fontsize=8)
         title = f"{task}: star = the default, the others change one thing"
         axis.set(title=title, xlabel="seconds of training, one thread", ylabel="last training return")
         axis.margins(0.15)
         axis.set_xlim(0, 1.1 * axis.get_xlim()[1])  # room for names
         axis.grid(alpha=0.3)
     figure.savefig(args.results / "frontier.png", dpi=110)
+    print(f"| | {' | '.join(f'{task} | explained variance | seconds' for task in args.tasks)} |")
+    print("|---" * (1 + 3 * len(args.tasks)) + "|")
+    for change in [change for change in CHANGES if any(cells[change])]:
+        print(f"| {change} | {' | '.join(cells[change])} |")
 
 
 if __name__ == "__main__":
@@ -101,8 +107,7 @@ if __name__ == "__main__":
         for task in args.tasks
         for change in args.changes
     }
-    keys = ("task", "row", "flags", "threads", "seed")
-    jobs = [wanted[key] for key in missing(file, keys, list(wanted))]
+    jobs = [wanted[key] for key in missing(file, KEYS, list(wanted))]
     if not args.report:
         run_all(partial(run, args), jobs, args.workers)
     rows = read(file)

@@ -1,6 +1,7 @@
 """Steps per second with random actions: the batched environments, and PettingZoo stepped one episode at a time.
 
-    python benchmark/simulator.py
+    python benchmark/simulator.py              # measure all, then the table and the figure
+    python benchmark/simulator.py --report     # only the table and the figure
 
 PettingZoo is mpe2's world in the particle environments, and in Alice & Bob our own gridworld with one episode. All
 sizes of one environment and number of agents are measured in turns in one run; benchmark/results/simulator.csv holds
@@ -18,7 +19,7 @@ import mpe2.simple_tag_v3
 import numpy as np
 import torch
 import tyro
-from common import RESULTS, ROOT, rates_in_turns
+from common import RESULTS, ROOT, check_flags, rates_in_turns, read
 
 sys.path.insert(0, str(ROOT))
 
@@ -42,6 +43,8 @@ class Args:
     """length of one measurement"""
     results: Path = RESULTS
     """folder of the results"""
+    report: bool = False
+    """measure nothing"""
 
 
 def batched(name: str, num_envs: int, num_agents: int):
@@ -89,39 +92,44 @@ def measure(args: Args, name: str, num_agents: int) -> list[dict]:
     ]
 
 
-def draw(rows: list[dict], args: Args) -> None:
-    figure = matplotlib.figure.Figure(figsize=(3.6 * len(args.environments), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(args.environments), sharey=True, squeeze=False)[0]
-    colors = {n: f"C{i}" for i, n in enumerate(dict.fromkeys(row["num_agents"] for row in rows))}
-    for axis, name in zip(axes, args.environments):
-        for n, color in colors.items():
-            some = [row for row in rows if (row["environment"], row["num_agents"]) == (name, n)]
-            if some:
-                points = [(row["num_envs"], row["steps_per_second"]) for row in some[1:]]
-                axis.plot(*zip(*points), marker="o", color=color, label=f"{n} agents")
-                axis.axhline(some[0]["steps_per_second"], color=color, linestyle="--", linewidth=1)
+def draw(games: dict[tuple[str, str], list[dict]], path: Path) -> None:
+    names, colors = list(dict.fromkeys(name for name, _ in games)), {}
+    figure = matplotlib.figure.Figure(figsize=(3.6 * len(names), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for (name, n), (slow, *fast) in games.items():
+        axis, color = axes[names.index(name)], colors.setdefault(n, f"C{len(colors)}")
+        points = [(int(row["num_envs"]), int(row["steps_per_second"])) for row in fast]
+        axis.plot(*zip(*points), marker="o", color=color, label=f"{n} agents")
+        axis.axhline(int(slow["steps_per_second"]), color=color, linestyle="--", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="episodes side by side", title=name)
+    for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()
     axes[0].set_ylabel("environment steps per second\n(dashed: PettingZoo, one episode)")
-    figure.savefig(args.results / "simulator.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    args.results.mkdir(parents=True, exist_ok=True)
-    games = [(name, n) for name in args.environments for n in ((2,) if name == ALICEBOB else args.num_agents)]
-    rows = [row for game in games for row in measure(args, *game)]
-    with open(args.results / "simulator.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(rows, args)
-    print(f"{torch.get_num_threads()} threads; steps per second (ratio to PettingZoo)\n")
-    print(f"| environment | agents | PettingZoo | {' | '.join(f'{n:,} at once' for n in args.num_envs)} |")
-    print("|---" * (3 + len(args.num_envs)) + "|")
-    for name, n in games:
-        some = [row for row in rows if (row["environment"], row["num_agents"]) == (name, n)]
-        cells = [f"{some[0]['steps_per_second']:,}"]
-        cells += [f"{row['steps_per_second']:,} ({row['ratio']:.0f}x)" for row in some[1:]]
-        print(f"| {name} | {n} | {' | '.join(cells)} |")
+    check_flags(args)
+    path = args.results / "simulator.csv"
+    if not args.report:
+        jobs = [(name, n) for name in args.environments for n in ((2,) if name == ALICEBOB else args.num_agents)]
+        rows = [row for job in jobs for row in measure(args, *job)]
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    games: dict[tuple[str, str], list[dict]] = {}  # of an environment and a number of agents, PettingZoo first
+    for row in read(path):
+        games.setdefault((row["environment"], row["num_agents"]), []).append(row)
+    if not games:
+        sys.exit(f"error: --results {args.results}: must be a folder with results to report")
+    draw(games, args.results / "simulator.png")
+    sizes = [int(row["num_envs"]) for row in next(iter(games.values()))[1:]]
+    print("Steps per second (ratio to PettingZoo)\n")
+    print(f"| environment | agents | PettingZoo | {' | '.join(f'{n:,} at once' for n in sizes)} |")
+    print("|---" * (3 + len(sizes)) + "|")
+    for (name, n), rows in games.items():
+        cells = [f"{int(row['steps_per_second']):,} ({float(row['ratio']):.0f}x)" for row in rows]
+        print(f"| {name} | {n} | {cells[0].removesuffix(' (1x)')} | {' | '.join(cells[1:])} |")
