@@ -34,7 +34,7 @@ KEYS = ("task", "row", "flags", "threads", "seed")  # the columns of learning.cs
 
 @dataclass
 class Args:
-    tasks: list[Literal[tuple(learning.TASKS)]] = field(default_factory=lambda: ["spread 3", "tag 3"])
+    tasks: list[Literal[tuple(learning.TASKS)]] = field(default_factory=lambda: ["spread 3", "tag 3, lambda 1"])
     """tasks to run"""
     changes: list[Literal[tuple(CHANGES)]] = field(default_factory=lambda: list(CHANGES))
     """what to change, one at a time"""
@@ -85,8 +85,9 @@ def report(args: Args, rows: list[dict]) -> None:
             axis.plot(seconds, last, "k*" if change == "default" else "o", markersize=9)
             offset = (6, 4) if change in ("default", "2 updates", "64 updates", "batch 128") else (6, -11)
             axis.annotate(change, (seconds, last), xytext=offset, textcoords="offset points", fontsize=8)
-        title = f"{task}: star = the default, the others change one thing"
-        axis.set(title=title, xlabel="seconds of training, one thread", ylabel="last training return")
+        title = f"{task} (star: the default, others change one thing)"
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel="seconds of training, one thread", ylabel="last training return")
         axis.margins(0.15)
         axis.set_xlim(0, 1.1 * axis.get_xlim()[1])  # room for names
         axis.grid(alpha=0.3)

@@ -40,13 +40,14 @@ RELEASED = (  # the released code's settings in MPE, as far as there are flags f
 TASKS = {  # name: script, flags, seeds
     "Alice & Bob": (ALICEBOB, "", 10),
     "spread 3": (MPE, "", 8),
-    "tag 3": (MPE, "--scenario tag", 8),
+    "tag 3": (MPE, "--scenario tag --gae-lambda 0.95", 8),
     "spread 6": (MPE, "--num-agents 6 --total-timesteps 345000", 5),
     "tag 6": (MPE, "--scenario tag --num-agents 6", 5),
     "push 3": (MPE, "--scenario push --num-envs 64 --gamma 0.98 --gae-lambda 0.95 --total-timesteps 1500000", 5),
     "spread 3, 50 steps": (MPE, "--max-cycles 50 --num-envs 64", 5),
     "spread 3, 100 steps": (MPE, "--max-cycles 100 --num-envs 32", 5),
     "spread 15": (MPE, "--num-agents 15 --total-timesteps 345000", 3),
+    "tag 3, lambda 1": (MPE, "--scenario tag", 8),
     "spread 3, released settings": (MPE, RELEASED, 1),
     "simple_spread": (ANY, f"--env-id mpe2.simple_spread_v3 --env-kwargs {NEAREST_FIRST}", 3),
     "simple_reference": (ANY, "--env-id mpe2.simple_reference_v3 --total-timesteps 200000", 3),
@@ -58,10 +59,11 @@ TASKS = {  # name: script, flags, seeds
         3,
     ),
 }
-GRID = [task for task, (script, *_) in TASKS.items() if script != ANY]  # those on batched environments
+VARIANTS = ["tag 3, lambda 1", "spread 3, released settings"]  # of tasks that are in the grid
+GRID = [task for task, (script, *_) in TASKS.items() if script != ANY and task not in VARIANTS]  # batched environments
 # How many steps `episodic` makes in the time of one of `stas`.
 PACE = {"Alice & Bob": 1.8, "push 3": 2.3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 3}
-PACE |= dict.fromkeys(("spread 3", "tag 3", "spread 6", "tag 6", "spread 15"), 2)
+PACE |= dict.fromkeys(("spread 3", "tag 3", "tag 3, lambda 1", "spread 6", "tag 6", "spread 15"), 2)
 ROWS = {  # name: flags
     "stas": "",
     "STAS-ML": "",
@@ -77,7 +79,7 @@ ROWS = {  # name: flags
     "difference": "--credit difference",
     "shapley": "--credit shapley",
 }
-SETTINGS = {  # of stas, in place of our defaults: flags, tasks; first those of the paper or its code
+SETTINGS = {  # in place of our defaults: flags, tasks; first those of the paper or its code
     "stas, linear embedding": ("--embedding linear", ["Alice & Bob", "spread 3"]),
     "stas, no outcome": ("--no-outcome", ["Alice & Bob", "spread 3"]),
     "stas, lambda 0.95": ("--gae-lambda 0.95", ["Alice & Bob", "spread 3"]),
@@ -94,8 +96,15 @@ SETTINGS |= {
     "stas, centralized critic": ("--critic centralized", ["spread 3"]),
     "stas, 8 updates": ("--decomposer-updates 8", ["pursuit", "Alice & Bob"]),
     "stas, 32 updates": ("--decomposer-updates 32", ["Alice & Bob"]),
+    "episodic, gamma 1": ("--credit episodic --gamma 1", ["push 3"]),
+    "episodic, gamma 1, equal time": ("--credit episodic --gamma 1", ["push 3"]),
 }
 ROWS |= {name: flags for name, (flags, _) in SETTINGS.items()}
+# Where kinds of credit are compared, rows with settings that search.py found to be better stand for these.
+BEST = {
+    ("push 3", "episodic"): "episodic, gamma 1",
+    ("push 3", "episodic, equal time"): "episodic, gamma 1, equal time",
+}
 HEADLINE = ["stas", "episodic", "episodic, equal time"]
 HEADLINE += ["STAS-ML", "stas, conserve none", "stas, coalition all", "temporal", "uniform"]
 FOUND = 0.9  # the treasure rate in Alice & Bob that counts as learned
@@ -129,7 +138,7 @@ class Args:
 
 def usual_flags(task: str, row: str) -> str:
     flags = f"{TASKS[task][1]} {ROWS[row]}"
-    if row == "episodic, equal time":
+    if row.endswith("equal time"):
         flags += f" --total-timesteps {round(PACE[task] * steps_of(flags))}"
     return " ".join(flags.split())
 
@@ -357,6 +366,21 @@ def score_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def compared(rows: list[dict]) -> list[dict]:
+    """Without SETTINGS and VARIANTS, and with the rows of BEST as those in whose place they come."""
+    names = {(task, better): name for (task, name), better in BEST.items()}
+    found = []
+    for row in rows:
+        task, name = row["task"], row["row"]
+        if (task, name) in names:
+            more = row["flags"].removeprefix(usual_flags(task, name))
+            name = names[task, name]
+            found.append(row | {"row": name, "flags": usual_flags(task, name) + more})
+        elif (task, name) not in BEST and name not in SETTINGS and task not in VARIANTS:
+            found.append(row)
+    return found
+
+
 def curves_of(some: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """Steps (100,) and the returns (seeds, 100) of a row's runs at these."""
     runs = [[row for row in some if row["seed"] == seed] for seed in sorted({row["seed"] for row in some})]
@@ -464,11 +488,12 @@ if __name__ == "__main__":
         if TASKS[task][0] == ALICEBOB:
             print(f"\n{treasure_table(some)}")
     # Settings have their lines in the tables above; from here on kinds of credit are compared.
-    rows, curves = ([row for row in each if row["row"] not in SETTINGS] for each in (rows, curves))
+    rows, curves = compared(rows), compared(curves)
     if scores := score_table(rows):
         print(f"\nScores:\n\n{scores}")
         print(f"\nOver all tasks of the grid:\n\n{summary_table(rows, GRID)}")
     if rows:
         draw_overview(curves, args.results / "overview.png")
         draw(rows, curves, GRID, args.results / "learning.png")
-        draw(rows, curves, list(TASKS)[len(GRID) :], args.results / "learning_pettingzoo.png")
+        others = [task for task, (script, *_) in TASKS.items() if script == ANY]
+        draw(rows, curves, others, args.results / "learning_pettingzoo.png")

@@ -207,7 +207,7 @@ def test_two_programs_do_not_share_a_run(benchmark_of, tmp_path):
 def test_settings_are_never_averaged_in_silently(benchmark_of, tmp_path):
     """Rows of other flags or another script are rows of their own; the published table takes no other flags."""
     rows = [
-        {"task": "tag 3", "row": row, "seed": seed, "flags": f"--scenario tag {flags}".strip(), "threads": "1"}
+        {"task": "spread 3", "row": row, "seed": seed, "flags": flags, "threads": "1"}
         for row in ("stas", "STAS-ML")
         for flags in ("", "--mc-samples 20")
         for seed in ("1", "2")
@@ -231,3 +231,24 @@ def test_settings_are_never_averaged_in_silently(benchmark_of, tmp_path):
     bad = [sys.executable, str(ROOT / "benchmark" / "learning.py"), "--rows", "nonsense", "--results", str(tmp_path)]
     result = subprocess.run(bad, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+def test_kinds_of_credit_are_compared_at_their_best(benchmark_of):
+    """Plain PPO with the gamma that suits it stands for plain PPO; settings and variants of tasks are left out."""
+    learning = benchmark_of("learning")
+    named = [("push 3", "stas"), ("push 3", "episodic"), ("push 3", "episodic, gamma 1"), ("tag 3, lambda 1", "stas")]
+    rows = [
+        {
+            "task": task,
+            "row": row,
+            "flags": learning.usual_flags(task, row) + more,
+            "seed": "1",
+            "threads": "1",
+            "of": row,
+        }
+        for task, row in [*named, ("spread 3", "stas, no outcome"), ("spread 3", "episodic")]
+        for more in ("", " --mc-samples 20")
+    ]
+    kept = learning.compared(rows)
+    assert [row["of"] for row in kept[::2]] == ["stas", "episodic, gamma 1", "episodic"]
+    assert list(learning.groups(kept[:4])) == ["stas", "stas --mc-samples 20", "episodic", "episodic --mc-samples 20"]

@@ -49,8 +49,8 @@ def tables_in(text: str) -> list[list[str]]:
 
 
 REPORTS = {  # programs that print the tables of results again: their least number
-    **{"learning.py": 5, "frontier.py": 1, "scaling.py": 3},
-    **{"shapley_games.py": 1, "simulator.py": 1, "update.py": 1},
+    **{"learning.py": 5, "search.py": 3, "frontier.py": 1},
+    **{"scaling.py": 3, "shapley_games.py": 1, "simulator.py": 1, "update.py": 1},
 }
 
 
@@ -58,7 +58,7 @@ REPORTS = {  # programs that print the tables of results again: their least numb
 def test_the_tables_are_those_of_the_results(program, least, tmp_path):
     """The README has the table of scores that benchmark/learning.py prints from its CSV, benchmark/README.md has all
     others of the benchmarks, whole; and neither has one with these titles that they do not print."""
-    results = ROOT / "benchmark" / "results" / ("tuning" if program == "frontier.py" else "")
+    results = ROOT / "benchmark" / "results" / ("tuning" if program in ("search.py", "frontier.py") else "")
     for path in results.glob("*.csv"):
         shutil.copy(path, tmp_path)
     command = [sys.executable, f"benchmark/{program}", "--report", "--results", str(tmp_path)]
@@ -119,6 +119,10 @@ def test_commands_for_parts_of_the_grid(command, monkeypatch, capsys, tmp_path):
 )
 def test_benchmark_commands(command, tmp_path):
     small = {
+        "benchmark/search.py": [
+            *["--tasks", "spread 3", "--rows", "episodic", "--settings", "default", "lambda 0.9"],
+            f"--flags={TINY[MPE]}",
+        ],
         "benchmark/frontier.py": ["--tasks", "spread 3", "--changes", "default", "dense", f"--flags={TINY[MPE]}"],
         "benchmark/aligned.py": ["--points", "21"],
         "benchmark/learning.py": [
