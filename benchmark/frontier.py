@@ -8,15 +8,13 @@ defaults were chosen. Runs and files are those of learning.py, in benchmark/resu
 """
 
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import learning
 import matplotlib.figure
 import numpy as np
+import tuning
 import tyro
-from common import RESULTS, check_flags, missing, read, run_all
 
 CHANGES = {  # name: row of learning.py, flags
     "default": ("stas", ""),
@@ -29,41 +27,14 @@ CHANGES = {  # name: row of learning.py, flags
     "episodic": ("episodic", ""),
     "dense": ("dense", ""),
 }
-KEYS = ("task", "row", "flags", "threads", "seed")  # the columns of learning.csv that tell runs apart
 
 
 @dataclass
-class Args:
+class Args(tuning.Args):
     tasks: list[Literal[tuple(learning.TASKS)]] = field(default_factory=lambda: ["spread 3", "tag 3, lambda 1"])
     """tasks to run"""
     changes: list[Literal[tuple(CHANGES)]] = field(default_factory=lambda: list(CHANGES))
     """what to change, one at a time"""
-    seeds: list[int] = field(default_factory=lambda: [11])
-    """seeds to run and report"""
-    workers: int = 2
-    """runs side by side, one CPU thread each"""
-    flags: str = ""
-    """more flags for every run"""
-    results: Path = RESULTS / "tuning"
-    """folder of the results"""
-    report: bool = False
-    """run nothing"""
-
-
-def args_of(args: Args, flags: str) -> learning.Args:
-    """What learning.py is to run with the flags of a change."""
-    return learning.Args(flags=f"{flags} {args.flags}".strip(), results=args.results)
-
-
-def key_of(args: Args, task: str, change: str) -> tuple[str, str, str]:
-    """Task, row and flags by which learning.csv knows the runs of a change."""
-    row, flags = CHANGES[change]
-    return task, row, learning.flags_of(args_of(args, flags), task, row)
-
-
-def run(args: Args, task: str, change: str, seed: int) -> None:
-    row, flags = CHANGES[change]
-    learning.run(args_of(args, flags), task, row, seed)
 
 
 def report(args: Args, rows: list[dict]) -> None:
@@ -72,9 +43,7 @@ def report(args: Args, rows: list[dict]) -> None:
     cells: dict[str, list[str]] = {change: [] for change in CHANGES}
     for axis, task in zip(figure.subplots(1, len(args.tasks), squeeze=False)[0], args.tasks):
         for change in CHANGES:
-            key = key_of(args, task, change)
-            some = [row for row in rows if tuple(row[each] for each in KEYS[:-1]) == (*key, "1")]
-            some = [row for row in some if int(row["seed"]) in args.seeds]
+            some = tuning.select(args, rows, task, *CHANGES[change])
             if not some:
                 cells[change] += ["", "", ""]
                 continue
@@ -100,17 +69,6 @@ def report(args: Args, rows: list[dict]) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    check_flags(args)
-    file = args.results / "learning.csv"
-    wanted = {
-        (*key_of(args, task, change), 1, seed): (task, change, seed)
-        for seed in args.seeds
-        for task in args.tasks
-        for change in args.changes
-    }
-    jobs = [wanted[key] for key in missing(file, KEYS, list(wanted))]
-    if not args.report:
-        run_all(partial(run, args), jobs, args.workers)
-    rows = read(file)
-    if rows:
+    wanted = [(task, *CHANGES[change]) for task in args.tasks for change in args.changes]
+    if rows := tuning.results_of(args, wanted):
         report(args, rows)

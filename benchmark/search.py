@@ -8,14 +8,12 @@ One setting is changed at a time. Runs and files are those of learning.py, in be
 """
 
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import learning
 import numpy as np
+import tuning
 import tyro
-from common import RESULTS, check_flags, missing, read, run_all
 
 SETTINGS = {  # name: flags after those of the task in learning.py; the tasks below
     "default": "",
@@ -36,37 +34,13 @@ CREDITS = ["stas", "episodic", "dense"]
 
 
 @dataclass
-class Args:
+class Args(tuning.Args):
     tasks: list[Literal[tuple(TASKS)]] = field(default_factory=lambda: list(TASKS))
     """tasks to run"""
     settings: list[Literal[tuple(SETTINGS)]] = field(default_factory=lambda: list(SETTINGS))
     """settings to run, of those that the task has"""
     rows: list[Literal[tuple(CREDITS)]] = field(default_factory=lambda: CREDITS)
     """kinds of credit to run"""
-    seeds: list[int] = field(default_factory=lambda: [11])
-    """seeds to run and report"""
-    workers: int = 2
-    """runs side by side, one CPU thread each"""
-    flags: str = ""
-    """more flags for every run"""
-    results: Path = RESULTS / "tuning"
-    """folder of the results"""
-    report: bool = False
-    """run nothing"""
-
-
-def args_of(args: Args, setting: str) -> learning.Args:
-    """What learning.py is to run with a setting."""
-    return learning.Args(flags=f"{SETTINGS[setting]} {args.flags}".strip(), results=args.results)
-
-
-def flags_of(args: Args, task: str, row: str, setting: str) -> str:
-    """The flags by which learning.csv knows its runs."""
-    return learning.flags_of(args_of(args, setting), task, row)
-
-
-def run(args: Args, task: str, row: str, setting: str, seed: int) -> None:
-    learning.run(args_of(args, setting), task, row, seed)
 
 
 def table(args: Args, task: str, rows: list[dict]) -> str:
@@ -75,10 +49,7 @@ def table(args: Args, task: str, rows: list[dict]) -> str:
     cells: dict[tuple[str, str], str] = {}
     for setting in TASKS[task]:
         for credit in CREDITS:
-            key = (task, credit, flags_of(args, task, credit, setting), "1")
-            some = [row for row in rows if (row["task"], row["row"], row["flags"], row["threads"]) == key]
-            some = [row for row in some if int(row["seed"]) in args.seeds]
-            if some:
+            if some := tuning.select(args, rows, task, credit, SETTINGS[setting]):
                 last, whole = (np.mean(learning.values(some, c)) for c in ("training_return", "mean_return"))
                 cells[setting, credit] = f"{last:.2f} ({whole:.2f})"
     names = [credit for credit in CREDITS if any(credit == name for _, name in cells)]
@@ -91,19 +62,13 @@ def table(args: Args, task: str, rows: list[dict]) -> str:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    check_flags(args)
-    jobs = {
-        (task, row, flags_of(args, task, row, setting), 1, seed): (task, row, setting, seed)
-        for seed in args.seeds
+    wanted = [
+        (task, row, SETTINGS[setting])
         for task in args.tasks
         for setting in TASKS[task]
         if setting in args.settings
         for row in args.rows
-    }
-    file = args.results / "learning.csv"
-    wanted = missing(file, ("task", "row", "flags", "threads", "seed"), list(jobs))
-    if not args.report:
-        run_all(partial(run, args), [jobs[key] for key in wanted], args.workers)
-    rows = read(file)
+    ]
+    rows = tuning.results_of(args, wanted)
     for task in [task for task in args.tasks if any(row["task"] == task for row in rows)]:
         print(f"\n{table(args, task, rows)}")
