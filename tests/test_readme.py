@@ -174,11 +174,20 @@ def test_every_flag_and_file_that_is_named_exists():
     sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")])
     both = README + BENCHMARKS
     assert not re.search(r"@\w+@", both)  # a place left to fill in
-    for name in set(re.findall(r"--([a-z][a-z-]+[a-z])", both)) - {"help", "logdir", "index-url", "nproc-per-node"}:
+    others = {"help", "logdir", "index-url", "nproc-per-node"}
+    for name in set(re.findall(r"(?<!\w)--([a-z][a-z-]+[a-z])", both)) - others:
         assert re.search(rf"\b{name.removeprefix('no-').replace('-', '_')}: ", sources), f"--{name} is no flag"
     for name in re.findall(r"`((?:benchmark|envs|tests|assets)/[\w./]*|\w+\.(?:py|txt|cff|toml))`", both):
         generated = ("checkpoint", "config", "metrics", "summary")
         assert (ROOT / name).exists() or name.startswith(generated), f"{name} does not exist"
-    for folder, text in ((ROOT, README), (ROOT / "benchmark", BENCHMARKS)):
-        for name in re.findall(r"\]\(([\w./]+)\)", text):
-            assert (folder / name).exists(), f"{name} does not exist"
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmark/README.md"])
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    links = re.findall(r"\]\(([\w./]*)(?:#([\w-]+))?\)", (ROOT / page).read_text())
+    for name, anchor in links:
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), f"{name} does not exist"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], anchor
