@@ -107,6 +107,7 @@ BEST = {
 }
 HEADLINE = ["stas", "episodic", "episodic, equal time"]
 HEADLINE += ["STAS-ML", "stas, conserve none", "stas, coalition all", "temporal", "uniform"]
+KEYS = ("task", "row", "flags", "threads", "seed")  # the columns of learning.csv that tell runs apart
 FOUND = 0.9  # the treasure rate in Alice & Bob that counts as learned
 
 
@@ -473,9 +474,8 @@ if __name__ == "__main__":
         sys.exit("error: --smoke: must come with a --results folder of its own")
     seeds = {task: args.seeds or range(1, (2 if args.smoke else TASKS[task][2]) + 1) for task in args.tasks}
     jobs = [(task, row, seed) for task in args.tasks for seed in seeds[task] for row in args.rows if fits(task, row)]
-    keys = ("task", "row", "seed", "flags", "threads")
-    jobs = [(*job, flags_of(args, *job[:2]), args.threads) for job in jobs]
-    wanted = [job[:3] for job in missing(args.results / "learning.csv", keys, jobs)]
+    keyed = {(task, row, flags_of(args, task, row), args.threads, seed): (task, row, seed) for task, row, seed in jobs}
+    wanted = [keyed[key] for key in missing(args.results / "learning.csv", KEYS, list(keyed))]
     if not jobs and not args.report:
         sys.exit("error: --rows: must be some of these tasks; SETTINGS, oracles and STAS-ML are not of all")
     if not args.report:

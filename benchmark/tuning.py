@@ -6,8 +6,7 @@ from pathlib import Path
 
 import learning
 from common import RESULTS, check_flags, missing, read, run_all
-
-KEYS = ("task", "row", "flags", "threads", "seed")  # the columns of learning.csv that tell runs apart
+from learning import KEYS
 
 
 @dataclass
