@@ -42,12 +42,18 @@ TASKS = {  # name: script, flags, seeds
     "spread 3": (MPE, "", 8),
     "tag 3": (MPE, "--scenario tag --gae-lambda 0.95", 8),
     "spread 6": (MPE, "--num-agents 6 --total-timesteps 345000", 5),
-    "tag 6": (MPE, "--scenario tag --num-agents 6", 5),
-    "push 3": (MPE, "--scenario push --num-envs 64 --gamma 0.98 --gae-lambda 0.95 --total-timesteps 1500000", 5),
+    "tag 6": (MPE, "--scenario tag --num-agents 6 --learning-rate 5e-4", 5),
+    "push 3": (MPE, "--scenario push --num-envs 64 --gae-lambda 0.95 --total-timesteps 1500000", 5),
     "spread 3, 50 steps": (MPE, "--max-cycles 50 --num-envs 64", 5),
     "spread 3, 100 steps": (MPE, "--max-cycles 100 --num-envs 32", 5),
     "spread 15": (MPE, "--num-agents 15 --total-timesteps 345000", 3),
     "tag 3, lambda 1": (MPE, "--scenario tag", 8),
+    "tag 6, learning rate 1e-3": (MPE, "--scenario tag --num-agents 6", 5),
+    "push 3, gamma 0.98": (
+        MPE,
+        "--scenario push --num-envs 64 --gamma 0.98 --gae-lambda 0.95 --total-timesteps 1500000",
+        5,
+    ),
     "spread 3, released settings": (MPE, RELEASED, 1),
     "simple_spread": (ANY, f"--env-id mpe2.simple_spread_v3 --env-kwargs {NEAREST_FIRST}", 3),
     "simple_reference": (ANY, "--env-id mpe2.simple_reference_v3 --total-timesteps 200000", 3),
@@ -59,11 +65,16 @@ TASKS = {  # name: script, flags, seeds
         3,
     ),
 }
-VARIANTS = ["tag 3, lambda 1", "spread 3, released settings"]  # of tasks that are in the grid
+VARIANTS = {  # with other settings than in the grid
+    "tag 3, lambda 1": "tag 3",
+    "tag 6, learning rate 1e-3": "tag 6",
+    "push 3, gamma 0.98": "push 3",
+    "spread 3, released settings": "spread 3",
+}
 GRID = [task for task, (script, *_) in TASKS.items() if script != ANY and task not in VARIANTS]  # batched environments
 # How many steps `episodic` makes in the time of one of `stas`.
 PACE = {"Alice & Bob": 1.8, "push 3": 2.3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 3}
-PACE |= dict.fromkeys(("spread 3", "tag 3", "tag 3, lambda 1", "spread 6", "tag 6", "spread 15"), 2)
+PACE |= dict.fromkeys(("spread 3", "tag 3", "spread 6", "tag 6", "spread 15"), 2)
 ROWS = {  # name: flags
     "stas": "",
     "STAS-ML": "",
@@ -96,15 +107,8 @@ SETTINGS |= {
     "stas, centralized critic": ("--critic centralized", ["spread 3"]),
     "stas, 8 updates": ("--decomposer-updates 8", ["pursuit", "Alice & Bob"]),
     "stas, 32 updates": ("--decomposer-updates 32", ["Alice & Bob"]),
-    "episodic, gamma 1": ("--credit episodic --gamma 1", ["push 3"]),
-    "episodic, gamma 1, equal time": ("--credit episodic --gamma 1", ["push 3"]),
 }
 ROWS |= {name: flags for name, (flags, _) in SETTINGS.items()}
-# Where kinds of credit are compared, rows with settings that search.py found to be better stand for these.
-BEST = {
-    ("push 3", "episodic"): "episodic, gamma 1",
-    ("push 3", "episodic, equal time"): "episodic, gamma 1, equal time",
-}
 HEADLINE = ["stas", "episodic", "episodic, equal time"]
 HEADLINE += ["STAS-ML", "stas, conserve none", "stas, coalition all", "temporal", "uniform"]
 KEYS = ("task", "row", "flags", "threads", "seed")  # the columns of learning.csv that tell runs apart
@@ -140,7 +144,7 @@ class Args:
 def usual_flags(task: str, row: str) -> str:
     flags = f"{TASKS[task][1]} {ROWS[row]}"
     if row.endswith("equal time"):
-        flags += f" --total-timesteps {round(PACE[task] * steps_of(flags))}"
+        flags += f" --total-timesteps {round(PACE[VARIANTS.get(task, task)] * steps_of(flags))}"
     return " ".join(flags.split())
 
 
@@ -161,7 +165,7 @@ def fits(task: str, row: str) -> bool:
     if TASKS[task][1] == RELEASED:
         return row in ("stas", "stas, conserve none", "episodic", "dense")
     if row == "episodic, equal time":
-        return task in PACE
+        return VARIANTS.get(task, task) in PACE
     if row in SETTINGS:
         return task in SETTINGS[row][1]
     if row in ("shapley", "difference"):
@@ -368,18 +372,8 @@ def score_table(rows: list[dict]) -> str:
 
 
 def compared(rows: list[dict]) -> list[dict]:
-    """Without SETTINGS and VARIANTS, and with the rows of BEST as those in whose place they come."""
-    names = {(task, better): name for (task, name), better in BEST.items()}
-    found = []
-    for row in rows:
-        task, name = row["task"], row["row"]
-        if (task, name) in names:
-            more = row["flags"].removeprefix(usual_flags(task, name))
-            name = names[task, name]
-            found.append(row | {"row": name, "flags": usual_flags(task, name) + more})
-        elif (task, name) not in BEST and name not in SETTINGS and task not in VARIANTS:
-            found.append(row)
-    return found
+    """Without SETTINGS and VARIANTS."""
+    return [row for row in rows if row["row"] not in SETTINGS and row["task"] not in VARIANTS]
 
 
 def curves_of(some: list[dict]) -> tuple[np.ndarray, np.ndarray]:
