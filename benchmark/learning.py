@@ -65,7 +65,7 @@ TASKS = {  # name: script, flags, seeds
         3,
     ),
 }
-VARIANTS = {  # with other settings than in the grid
+VARIANTS = {  # with other settings: the task of the grid
     "tag 3, lambda 1": "tag 3",
     "tag 6, learning rate 1e-3": "tag 6",
     "push 3, gamma 0.98": "push 3",
@@ -90,7 +90,7 @@ ROWS = {  # name: flags
     "difference": "--credit difference",
     "shapley": "--credit shapley",
 }
-SETTINGS = {  # in place of our defaults: flags, tasks; first those of the paper or its code
+SETTINGS = {  # of stas, in place of our defaults: flags, tasks; first those of the paper or its code
     "stas, linear embedding": ("--embedding linear", ["Alice & Bob", "spread 3"]),
     "stas, no outcome": ("--no-outcome", ["Alice & Bob", "spread 3"]),
     "stas, lambda 0.95": ("--gae-lambda 0.95", ["Alice & Bob", "spread 3"]),
@@ -143,7 +143,7 @@ class Args:
 
 def usual_flags(task: str, row: str) -> str:
     flags = f"{TASKS[task][1]} {ROWS[row]}"
-    if row.endswith("equal time"):
+    if row == "episodic, equal time":
         flags += f" --total-timesteps {round(PACE[VARIANTS.get(task, task)] * steps_of(flags))}"
     return " ".join(flags.split())
 
@@ -165,7 +165,7 @@ def fits(task: str, row: str) -> bool:
     if TASKS[task][1] == RELEASED:
         return row in ("stas", "stas, conserve none", "episodic", "dense")
     if row == "episodic, equal time":
-        return VARIANTS.get(task, task) in PACE
+        return TASKS[task][0] != ANY
     if row in SETTINGS:
         return task in SETTINGS[row][1]
     if row in ("shapley", "difference"):

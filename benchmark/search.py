@@ -57,9 +57,10 @@ def table(args: Args, task: str, rows: list[dict]) -> str:
                 cells[setting, credit] = f"{last:.2f} ({whole:.2f})"
     names = [credit for credit in CREDITS if any(credit == name for _, name in cells)]
     lines = [f"| {task} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for setting in [each for each in SETTINGS if any(each == known for known, _ in cells)]:
-        found = " | ".join(cells.get((setting, credit), "") for credit in names)
-        lines.append(f"| {setting} | {found} |")
+    for setting in SETTINGS:
+        found = [cells.get((setting, credit), "") for credit in names]
+        if any(found):
+            lines.append(f"| {setting} | {' | '.join(found)} |")
     return "\n".join(lines)
 
 
