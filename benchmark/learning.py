@@ -71,6 +71,12 @@ VARIANTS = {  # with other settings: the task of the grid
     "push 3, gamma 0.98": "push 3",
     "spread 3, released settings": "spread 3",
 }
+OWN = {  # what search.py found to be better for some rows of a task: flags
+    ("spread 3, 50 steps", "dense"): "--gae-lambda 0.9",
+    ("spread 3, 100 steps", "dense"): "--gae-lambda 0.9",
+}
+LEARNED = ["stas", "STAS-ML", "stas, conserve none", "stas, coalition all", "temporal"]
+OWN |= {("spread 3, 100 steps", row): "--gae-lambda 0.95" for row in LEARNED}
 GRID = [task for task, (script, *_) in TASKS.items() if script != ANY and task not in VARIANTS]  # batched environments
 # How many steps `episodic` makes in the time of one of `stas`.
 PACE = {"Alice & Bob": 1.8, "push 3": 2.3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 3}
@@ -90,7 +96,7 @@ ROWS = {  # name: flags
     "difference": "--credit difference",
     "shapley": "--credit shapley",
 }
-SETTINGS = {  # of stas, in place of our defaults: flags, tasks; first those of the paper or its code
+SETTINGS = {  # in place of our defaults or of OWN: flags, tasks; first those of the paper or its code
     "stas, linear embedding": ("--embedding linear", ["Alice & Bob", "spread 3"]),
     "stas, no outcome": ("--no-outcome", ["Alice & Bob", "spread 3"]),
     "stas, lambda 0.95": ("--gae-lambda 0.95", ["Alice & Bob", "spread 3"]),
@@ -105,6 +111,8 @@ SETTINGS |= {
     "stas, 3 coalitions": ("--mc-samples 3", ["spread 3"]),
     "stas, 10 coalitions": ("--mc-samples 10", ["spread 3"]),
     "stas, centralized critic": ("--critic centralized", ["spread 3"]),
+    "stas, lambda 1": ("", ["spread 3, 100 steps"]),
+    "dense, lambda 1": ("--credit dense", ["spread 3, 50 steps", "spread 3, 100 steps"]),
     "stas, 8 updates": ("--decomposer-updates 8", ["pursuit", "Alice & Bob"]),
     "stas, 32 updates": ("--decomposer-updates 32", ["Alice & Bob"]),
 }
@@ -139,10 +147,12 @@ class Args:
     """folder of the results; give another one along with --flags"""
     report: bool = False
     """run nothing"""
+    own: tyro.conf.Suppress[bool] = True
+    """with OWN; search.py: without"""
 
 
-def usual_flags(task: str, row: str) -> str:
-    flags = f"{TASKS[task][1]} {ROWS[row]}"
+def usual_flags(task: str, row: str, own: bool = True) -> str:
+    flags = f"{TASKS[task][1]} {ROWS[row]} {OWN.get((task, row), '') if own else ''}"
     if row == "episodic, equal time":
         flags += f" --total-timesteps {round(PACE[VARIANTS.get(task, task)] * steps_of(flags))}"
     return " ".join(flags.split())
@@ -153,7 +163,7 @@ def steps_of(flags: str) -> int:
 
 
 def flags_of(args: Args, task: str, row: str) -> str:
-    flags = f"{usual_flags(task, row)} {args.flags}"
+    flags = f"{usual_flags(task, row, args.own)} {args.flags}"
     if args.smoke:
         flags += f" --total-timesteps {steps_of(flags) // 100} --eval-episodes 2"
     return " ".join(flags.split())

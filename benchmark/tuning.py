@@ -25,7 +25,7 @@ class Args:
 
 def args_of(args: Args, flags: str) -> learning.Args:
     """What learning.py is to run with these flags besides those of its task and row."""
-    return learning.Args(flags=f"{flags} {args.flags}".strip(), results=args.results)
+    return learning.Args(flags=f"{flags} {args.flags}".strip(), results=args.results, own=False)
 
 
 def key_of(args: Args, task: str, row: str, flags: str) -> tuple[str, ...]:
