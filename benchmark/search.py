@@ -2,7 +2,7 @@
 
     python benchmark/search.py --tasks "tag 3, lambda 1" --settings "lambda 0.9" --rows episodic    # if it is missing
     python benchmark/search.py --report                                                            # only the tables
-    python benchmark/search.py                                                                     # all, in 14 hours
+    python benchmark/search.py                                                                     # all, in 12 hours
 
 Runs and files are those of learning.py, in benchmark/results/tuning.
 """

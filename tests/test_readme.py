@@ -78,7 +78,7 @@ PARTS_OF_THE_GRID = [c for c in COMMANDS if c.startswith("python benchmark/learn
 
 
 @pytest.mark.parametrize("command", PARTS_OF_THE_GRID)
-def test_commands_for_parts_of_the_grid(command, monkeypatch, capsys, tmp_path):
+def test_commands_for_parts_of_the_grid(command, no_pictures, monkeypatch, capsys, tmp_path):
     """They begin the runs that they name, with flags that the scripts take, once, and print their tables. What stands
     in for the runs here is made up; test_benchmark_commands trains some of the grid."""
     begun, lock = [], threading.Lock()
@@ -99,8 +99,7 @@ def test_commands_for_parts_of_the_grid(command, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", [program, *flags, "--results", str(tmp_path)])
     learning = runpy.run_path(str(ROOT / program), run_name="__main__")
     args, printed = learning["args"], capsys.readouterr().out
-    seeds = sum(len(args.seeds) or learning["TASKS"][task][2] for task in args.tasks)
-    assert len(begun) == seeds * len(args.rows)
+    assert len(begun) == sum(len(learning["seeds_of"](args, task, row)) for task in args.tasks for row in args.rows)
     assert all(f"\n| {row} " in printed for row in args.rows)
     assert len({args.seed for args in begun}) == len(args.seeds) or not args.seeds
     results = learning["read"](tmp_path / "learning.csv")
