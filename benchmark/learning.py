@@ -71,11 +71,9 @@ VARIANTS = {  # with other settings: the task of the grid
     "push 3, gamma 0.98": "push 3",
     "spread 3, released settings": "spread 3",
 }
-OWN = {  # what search.py found to be better for some rows of a task: flags
-    ("spread 3, 50 steps", "dense"): "--gae-lambda 0.9",
-    ("spread 3, 100 steps", "dense"): "--gae-lambda 0.9",
-}
+SPREAD = ["spread 3", "spread 6", "spread 3, 50 steps", "spread 3, 100 steps", "spread 15"]
 LEARNED = ["stas", "STAS-ML", "stas, conserve none", "stas, coalition all", "temporal"]
+OWN = {(task, "dense"): "--gae-lambda 0.9" for task in SPREAD}  # what search.py found to be better for some rows
 OWN |= {("spread 3, 100 steps", row): "--gae-lambda 0.95" for row in LEARNED}
 GRID = [task for task, (script, *_) in TASKS.items() if script != ANY and task not in VARIANTS]  # batched environments
 # How many steps `episodic` makes in the time of one of `stas`.
@@ -112,7 +110,7 @@ SETTINGS |= {
     "stas, 10 coalitions": ("--mc-samples 10", ["spread 3"]),
     "stas, centralized critic": ("--critic centralized", ["spread 3"]),
     "stas, lambda 1": ("", ["spread 3, 100 steps"]),
-    "dense, lambda 1": ("--credit dense", ["spread 3, 50 steps", "spread 3, 100 steps"]),
+    "dense, lambda 1": ("--credit dense", SPREAD),
     "stas, 8 updates": ("--decomposer-updates 8", ["pursuit", "Alice & Bob"]),
     "stas, 32 updates": ("--decomposer-updates 32", ["Alice & Bob"]),
 }
