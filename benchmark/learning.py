@@ -389,6 +389,22 @@ def score_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def gain_table(rows: list[dict], name: str, others: list[str]) -> str:
+    """What the row `name` earns more than others, paired by seed: last training return and, in brackets, the mean of
+    the whole training."""
+    lines = [f"| `{name}` less | {' | '.join(others)} |", "|---" * (len(others) + 1) + "|"]
+    for task in TASKS:
+        found = groups([row for row in rows if row["task"] == task])
+        cells = []
+        for other in others:
+            columns = ("training_return", "mean_return")
+            last, whole = (paired(found.get(name, []), found.get(other, []), column) for column in columns)
+            cells.append(f"{interval(last)} ({interval(whole)})" if last else "")
+        if any(cells):
+            lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def compared(rows: list[dict]) -> list[dict]:
     """Without SETTINGS and VARIANTS."""
     return [row for row in rows if row["row"] not in SETTINGS and row["task"] not in VARIANTS]
@@ -500,6 +516,10 @@ if __name__ == "__main__":
         print(f"\n{task}: random team {interval(values(one, 'random_return'))}\n\n{table(some)}")
         if TASKS[task][0] == ALICEBOB:
             print(f"\n{treasure_table(some)}")
+    oracles = dict.fromkeys(("shapley", "difference"), ["dense, lambda 1", "episodic"])
+    for name, others in ({"stas": [*HEADLINE[1:], "dense"]} | oracles).items():
+        if gains := gain_table(rows, name, others):
+            print(f"\nPaired by seed, last training return (mean of the training):\n\n{gains}")
     # Settings have their lines in the tables above; from here on kinds of credit are compared.
     rows, curves = compared(rows), compared(curves)
     if scores := score_table(rows):

@@ -170,6 +170,24 @@ def test_the_table_of_scores_by_hand(benchmark_of):
     assert line == "| spread 6 | 1.00 ± 0.25 (3) | 0.50 ± 0.00 (2) |"
 
 
+def test_the_table_of_gains_by_hand(benchmark_of):
+    """Pairs of the seeds that both have: (6 - 2, 8 - 5), over the training one less each; rows with other flags stay
+    out, and so does a task without pairs."""
+    learning, rows = benchmark_of("learning"), []
+    for task, row, seed, value, more in (
+        *[("tag 6", "stas", seed, value, "") for seed, value in ((1, 6), (2, 8), (3, 7))],
+        *[("tag 6", "episodic", seed, value, "") for seed, value in ((2, 5), (1, 2), (4, 0))],
+        ("tag 6", "dense", 1, 9, "--ent-coef 1"),
+        *[("push 3", "stas", 1, 5, ""), ("push 3", "dense", 2, 5, "")],
+    ):
+        flags = f"{learning.usual_flags(task, row)} {more}".strip()
+        rows.append({"task": task, "row": row, "seed": str(seed), "threads": "1", "flags": flags})
+        rows[-1] |= {"training_return": str(value), "mean_return": str(value - (row == "stas"))}
+    head, _, *lines = learning.gain_table(rows, "stas", ["episodic", "dense"]).splitlines()
+    assert (head, lines) == ("| `stas` less | episodic | dense |", ["| tag 6 | 3.50 ± 6.35 (2.50 ± 6.35) |  |"])
+    assert learning.gain_table(rows, "shapley", ["episodic"]) == ""
+
+
 def test_a_run_that_was_broken_off_is_continued(benchmark_of, tmp_path, monkeypatch):
     """With the seed it began with, by the same code only; one that has ended is taken as it is."""
     common, run_dir = benchmark_of("common"), tmp_path / "run"
