@@ -71,11 +71,11 @@ VARIANTS = {  # with other settings: the task of the grid
     "push 3, gamma 0.98": "push 3",
     "spread 3, released settings": "spread 3",
 }
-SPREAD = ["spread 3", "spread 6", "spread 3, 50 steps", "spread 3, 100 steps", "spread 15"]
+GRID = [task for task, (script, *_) in TASKS.items() if script != ANY and task not in VARIANTS]  # batched environments
+SPREAD = [task for task in GRID if task.startswith("spread")]
 LEARNED = ["stas", "STAS-ML", "stas, conserve none", "stas, coalition all", "temporal"]
 OWN = {(task, "dense"): "--gae-lambda 0.9" for task in SPREAD}  # what search.py found to be better for some rows
 OWN |= {("spread 3, 100 steps", row): "--gae-lambda 0.95" for row in LEARNED}
-GRID = [task for task, (script, *_) in TASKS.items() if script != ANY and task not in VARIANTS]  # batched environments
 # How many steps `episodic` makes in the time of one of `stas`.
 PACE = {"Alice & Bob": 1.8, "push 3": 2.3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 3}
 PACE |= dict.fromkeys(("spread 3", "tag 3", "spread 6", "tag 6", "spread 15"), 2)
@@ -253,6 +253,11 @@ def paired(runs: list[dict], others: list[dict], column: str) -> list[float]:
     return [float(row[column]) - known[row["seed"]] for row in runs if row["seed"] in known and row[column]]
 
 
+def gains(runs: list[dict], others: list[dict]) -> list[list[float]]:
+    """What runs earn more than others, `paired`: last training return, mean of the whole training."""
+    return [paired(runs, others, column) for column in ("training_return", "mean_return")]
+
+
 def values(runs: list[dict], column: str) -> list[float]:
     return [float(row[column]) for row in runs if row[column]]
 
@@ -280,13 +285,13 @@ def table(rows: list[dict]) -> str:
         extra = name.removeprefix(runs[0]["row"])  # other flags are compared with rows of the same
         episodic, dense = (found.get(other + extra, []) for other in ("episodic", "dense"))
         cells = [interval(values(runs, column)) for column in ("return", "training_return")]
-        gains = [paired(runs, episodic, column) for column in ("training_return", "mean_return")]
+        more = map(interval, gains(runs, episodic))
         seeds = {row["seed"] for row in runs} & {row["seed"] for row in dense}
         some = ([row for row in each if row["seed"] in seeds] for each in (runs, dense))
         part, whole = (paired(each, episodic, "training_return") for each in some)
         shown = len(whole) > 1 and ttest_1samp(whole, 0).pvalue < 0.05  # else there is no way to go
         way = f"{np.mean(part) / np.mean(whole):.0%}" if part and shown else "-"
-        cells += ["", "", ""] if runs[0]["row"] == "episodic" else [*map(interval, gains), way]
+        cells += ["", "", ""] if runs[0]["row"] == "episodic" else [*more, way]
         cells.append(interval(scores_of(runs, dense)))
         for column in ("explained_variance", "reward_correlation", "shapley_correlation"):
             cells.append(interval(values(runs, column)) if values(runs, column) else "")
@@ -397,8 +402,7 @@ def gain_table(rows: list[dict], name: str, others: list[str]) -> str:
         found = groups([row for row in rows if row["task"] == task])
         cells = []
         for other in others:
-            columns = ("training_return", "mean_return")
-            last, whole = (paired(found.get(name, []), found.get(other, []), column) for column in columns)
+            last, whole = gains(found.get(name, []), found.get(other, []))
             cells.append(f"{interval(last)} ({interval(whole)})" if last else "")
         if any(cells):
             lines.append(f"| {task} | {' | '.join(cells)} |")
@@ -450,7 +454,7 @@ def draw(rows: list[dict], curves: list[dict], tasks: list[str], path: Path) -> 
             for axis, x in zip((upper, lower), (steps / 1000, steps * pace)):
                 shown[name] = draw_band(axis, x, lines, colors[name])
         upper.set(xlabel="environment steps (thousands)", title=task)
-        lower.set(xlabel="seconds")
+        lower.set(xlabel="seconds (on days of unequal speed)")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     for i in range(len(tasks), bands * columns):
@@ -518,8 +522,8 @@ if __name__ == "__main__":
             print(f"\n{treasure_table(some)}")
     oracles = dict.fromkeys(("shapley", "difference"), ["dense, lambda 1", "episodic"])
     for name, others in ({"stas": [*HEADLINE[1:], "dense"]} | oracles).items():
-        if gains := gain_table(rows, name, others):
-            print(f"\nPaired by seed, last training return (mean of the training):\n\n{gains}")
+        if paired_table := gain_table(rows, name, others):
+            print(f"\nPaired by seed, last training return (mean of the training):\n\n{paired_table}")
     # Settings have their lines in the tables above; from here on kinds of credit are compared.
     rows, curves = compared(rows), compared(curves)
     if scores := score_table(rows):

@@ -1,5 +1,6 @@
 """Every command of the README and of the benchmarks' is run, the long ones with only their budget reduced."""
 
+import csv
 import importlib
 import re
 import runpy
@@ -70,6 +71,18 @@ def test_the_tables_are_those_of_the_results(program, least, tmp_path):
     assert [table for table in there if table[0] in titles and table not in tables_in(printed)] == []
 
 
+def test_the_table_of_a_gpu_is_that_of_its_results():
+    with open(ROOT / "benchmark" / "results" / "cuda.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [line for table in tables_in(BENCHMARKS) if "H200" in table[0] for line in table[2:]]
+    assert len(rows) == 2 * len(lines) > 0
+    for line, *both in zip(lines, rows[::2], rows[1::2]):
+        assert [row["device"] for row in both] == ["one core", "H200"] and both[0]["flags"] == both[1]["flags"]
+        times = [", ".join(f"{float(row[part]):.2f}" for part in ("rollout", "decomposer", "ppo")) for row in both]
+        speeds = [f"{int(row['steps_per_second']):,}" for row in both]
+        assert line.endswith(f" | {' | '.join(times + speeds)} |") and (both[0]["flags"] or "none") in line
+
+
 def test_the_table_of_scores_is_in_the_readme():
     assert any(table[0].startswith("| task | stas |") for table in tables_in(README))
 
@@ -99,7 +112,8 @@ def test_commands_for_parts_of_the_grid(command, no_pictures, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", [program, *flags, "--results", str(tmp_path)])
     learning = runpy.run_path(str(ROOT / program), run_name="__main__")
     args, printed = learning["args"], capsys.readouterr().out
-    assert len(begun) == sum(len(learning["seeds_of"](args, task, row)) for task in args.tasks for row in args.rows)
+    cells = [(task, row) for task in args.tasks for row in args.rows]
+    assert len(begun) == sum(len(args.seeds or learning["seeds_of"](args, *cell)) for cell in cells)
     assert all(f"\n| {row} " in printed for row in args.rows)
     assert len({args.seed for args in begun}) == len(args.seeds) or not args.seeds
     results = learning["read"](tmp_path / "learning.csv")
