@@ -1,13 +1,11 @@
-"""Evaluate a run of any script on PettingZoo, beside a team that plays at random, and draw what it learned.
+"""Draw what a run learned, and play it on PettingZoo.
 
-    python evaluate.py RUN_DIR                                   # redo what the script did at its end
-    python evaluate.py RUN_DIR --episodes 10 --render            # watch ten episodes in a window
+    python evaluate.py                                           # the newest run
+    python evaluate.py RUN_DIR --episodes 1000                   # play more episodes, for a new summary.json
+    python evaluate.py RUN_DIR --render                          # watch some in a window
     python evaluate.py RUN_DIR --checkpoint OTHER/checkpoint.pt  # other weights of the same shape
 
-Writes summary.json, learning_curve.png, credit.png and episode.gif into the run folder and shows them in TensorBoard.
-The scripts also take from here how well credits and predictions fit (`measure_credits`, `explained_variance`).
-From the script that config.json names it takes `Args`, `METRICS`, `make_env`, `make_parallel_env`, `make_networks` and
-`decompose`.
+Writes learning_curve.png, credit.png and episode.gif into the run folder and shows them in TensorBoard.
 """
 
 import contextlib
@@ -15,10 +13,12 @@ import csv
 import importlib
 import json
 import math
+import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -29,8 +29,6 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from run_folder import fail, fail_flag, load_checkpoint, load_run, report_error, write_file
-
 PANELS = {  # of learning_curve.png: column of metrics.csv, label
     "charts/episodic_return": "team return",
     "charts/treasure_rate": "treasure rate",
@@ -39,91 +37,59 @@ PANELS = {  # of learning_curve.png: column of metrics.csv, label
 }
 
 
-def centred_correlation(x: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -> float:
-    """Pearson correlation of the valid entries of x and y (B, K), both centred within each row; nan if constant."""
-    count = valid.sum(dim=1, keepdim=True).clamp(min=1)
-    x, y = ((z - (z * valid).sum(dim=1, keepdim=True) / count) * valid for z in (x, y))
-    return ((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()).item()
+@dataclass
+class EvaluateArgs:
+    run_dir: tyro.conf.Positional[Path | None] = None  # folder of a run (None: the newest in runs/)
+    episodes: int | None = None  # episodes to play for a new summary.json (None: play none)
+    render: bool = False  # show episodes in a window, three if --episodes is not given
+    checkpoint: Path | None = None  # weights to play with, instead of the run's checkpoint.pt
+    script: Path | None = None  # the script of the run (None: the one of its name beside this file, or the run's copy)
 
 
-def explained_variance(predicted: torch.Tensor, true: torch.Tensor) -> float:
-    """1 - Var(true - predicted) / Var(true); nan if `true` is constant."""
-    variance = true.var(correction=0)
-    return (1 - (true - predicted).var(correction=0) / variance).item() if variance > 0 else math.nan
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
-def measure_credits(args, decompose: Callable, episodes: dict, credits: torch.Tensor) -> dict[str, float]:
-    """How well learned credits (E, T, N) tell when and to whom reward is due, and the noise of their coalitions.
-
-    decompose: maps episodes to their credits, with coalitions drawn afresh.
-    """
-    valid = episodes["valid"]
-    metrics = {"decomposer/reward_correlation": centred_correlation(credits.sum(2), episodes["team_reward"], valid)}
-    if args.credit != "temporal" and "shapley" in episodes:
-        by_step = (x.flatten(0, 1) for x in (credits, episodes["shapley"], valid.unsqueeze(2).expand_as(credits)))
-        metrics["decomposer/shapley_correlation"] = centred_correlation(*by_step)  # rows are steps: (E T, N) each
-    few = {name: x[:32] for name, x in episodes.items()}  # to save time
-    draws = torch.stack([decompose(few) for _ in range(4)])
-    return metrics | {"decomposer/credit_std": draws.std(dim=0)[valid[:32]].mean().item()}
-
-
-def picture_of(env) -> np.ndarray | None:
-    """What env.render() shows, None if it cannot; a run must not lose its evaluation over that."""
-    with contextlib.suppress(Exception):  # whatever code that is not ours raises
-        frame = np.asarray(env.render())
-        return frame if frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] in (3, 4) else None
+def load_script(run_dir: Path, name: str, path: Path | None) -> ModuleType:
+    """The script of a run: `path`, or the one beside this file, or the run's copy; tells if the copy is another."""
+    beside, copy = Path(__file__).parent / name, run_dir / name
+    path = path or (beside if beside.exists() else copy)
+    if not path.exists():
+        fail(f"--script {path}: must be the script that made the run, {name}")
+    if copy.exists() and copy.read_text() != path.read_text():
+        print(f"{path} has changed since the run began; --script {copy} is as it was then")
+    sys.path[:0] = [str(path.parent), str(Path(__file__).parent)]
+    return importlib.import_module(path.stem)
 
 
 @torch.no_grad()
-def play_episode(env, policy=None, seed: int | None = None, frames: list | None = None) -> dict[str, torch.Tensor]:
-    """Play one episode of a PettingZoo ParallelEnv.
+def play_episode(env, agent, seed: int, frames: list | None = None) -> dict[str, torch.Tensor]:
+    """One episode of a PettingZoo ParallelEnv, as `rollout` of the scripts returns it, E = 1: obs, act, team_reward,
+    valid and the environment's oracles. `frames` collects the picture of every state that has one."""
+    names, steps = env.possible_agents, []
 
-    Args:
-        policy: maps obs (N, O) to act (N,) or (N, A); None plays uniformly at random.
-        frames: collects the picture of every state or None, and then the environment's `oracles` are collected too.
-    Returns:
-        obs (1, T, N, O), act (1, T, N) or (1, T, N, A), team_reward and valid (1, T), terminated (1,), oracles
-        (1, T, N).
-    """
-    agents, steps, terminated = env.possible_agents, [], False
+    def look() -> None:
+        with contextlib.suppress(Exception):  # whatever rendering code that is not ours raises
+            frame = np.asarray(env.render()) if frames is not None else None
+            if frame is not None and frame.dtype == np.uint8 and frame.ndim == 3:
+                frames.append(frame)
+
     next_obs, _ = env.reset(seed=seed)
-    while True:
-        if frames is not None:
-            frames.append(picture_of(env))
-        if not env.agents:
-            break
-        obs = torch.as_tensor(np.stack([next_obs[name] for name in agents]), dtype=torch.float32)
-        act = np.stack([env.action_space(name).sample() for name in agents]) if policy is None else policy(obs)
-        act = torch.as_tensor(act)
-        next_obs, reward, termination, _, _ = env.step(dict(zip(agents, act.numpy())))
-        team_reward = torch.tensor(float(np.mean([reward[name] for name in agents])))
-        terminated = any(termination.values())
-        oracles = env.oracles() if frames is not None and hasattr(env, "oracles") else {}
-        oracles = {name: values[0].float() for name, values in oracles.items()}
+    while env.agents:
+        look()
+        obs = torch.as_tensor(np.stack([next_obs[name] for name in names]), dtype=torch.float32)
+        act, *_ = agent.get_action_and_value(obs, torch.zeros(()))
+        next_obs, reward, _, _, _ = env.step(dict(zip(names, act.numpy())))
+        team_reward = torch.tensor(float(np.mean([reward[name] for name in names])))
+        oracles = {name: values[0].float() for name, values in env.oracles().items()} if hasattr(env, "oracles") else {}
         steps.append(dict(obs=obs, act=act, team_reward=team_reward, valid=torch.tensor(True)) | oracles)
-    episode = {name: torch.stack([step[name] for step in steps]).unsqueeze(0) for name in steps[0]}
-    return episode | {"terminated": torch.tensor([terminated])}
+    look()
+    return {name: torch.stack([step[name] for step in steps]).unsqueeze(0) for name in steps[0]}
 
 
-def play_episodes(env, policy, num_episodes: int, seed: int) -> dict[str, float]:
-    """Play episodes of a PettingZoo ParallelEnv; the summary's figures, and the fraction that terminated."""
-    for i, name in enumerate(env.possible_agents):
-        env.action_space(name).seed(seed + i)
-    episodes = [play_episode(env, policy, seed=seed if i == 0 else None) for i in range(num_episodes)]
-    returns = torch.stack([episode["team_reward"].sum() for episode in episodes])
-    return {
-        "episodic_return": returns.mean().item(),
-        "episodic_return_std": returns.std(correction=0).item(),
-        "episodic_length": float(np.mean([int(episode["valid"].sum()) for episode in episodes])),
-        "episodes": num_episodes,
-        "terminated": float(np.mean([bool(episode["terminated"]) for episode in episodes])),
-    }
-
-
-def draw_learning_curve(run_dir: Path) -> None:
+def draw_learning_curve(path: Path, rows: list[dict]) -> None:
     """learning_curve.png: the columns of metrics.csv that PANELS names, where they hold anything."""
-    with open(run_dir / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
     curves = {c: [(int(row["global_step"]), float(row[c])) for row in rows if row.get(c)] for c in PANELS}
     curves = {column: points for column, points in curves.items() if points}
     figure = Figure(figsize=(5 * len(curves), 3.5), layout="constrained")
@@ -131,32 +97,31 @@ def draw_learning_curve(run_dir: Path) -> None:
         axis.plot(*zip(*points), color="tab:blue", marker=".")
         axis.set(xlabel="environment steps", ylabel=PANELS[column])
         axis.xaxis.set_major_formatter(EngFormatter())
-        axis.grid(alpha=0.3)
-    write_file(run_dir / "learning_curve.png", lambda path: figure.savefig(path, dpi=120, format="png"))
+    figure.savefig(path, dpi=120)
 
 
-def draw_credits(path: Path, credits: np.ndarray, leftover: float | None, reward: np.ndarray, env, title: str, marks):
-    """credit.png: one episode's credits, agents x time, under the true team reward of each step.
-
-    Args:
-        credits: (T, N), without the leftover, which gets a bar of its own if it is not None. reward: (T,).
-        marks: (step, agent index, text) to write into the cells of the heat map.
-    """
+def draw_credits(path: Path, credits: np.ndarray, leftover: float | None, reward: np.ndarray, names, title: str, marks):
+    """credit.png: one episode's credits (T, N), agents x time, under the true team reward of each step (T,), and a bar
+    for the leftover. marks: (step, agent, text) in the heat map. Beyond 200 steps, neighbours are added up."""
+    width = math.ceil(len(credits) / 200)  # steps a column
+    starts = np.arange(0, len(credits), width)
+    credits, reward = np.add.reduceat(credits, starts), np.add.reduceat(reward, starts)
     T, N = credits.shape
-    figure = Figure(figsize=(0.32 * T + 3.5, 2.6 + 0.45 * N), layout="constrained")
+    figure = Figure(figsize=(min(0.32 * T + 3.5, 40), min(2.6 + 0.45 * N, 20)), layout="constrained")
     ratios = {"width_ratios": (0.3 * T, 1), "height_ratios": (1.6, 0.5 * N)}
     (top, corner), (heat, side) = figure.subplots(2, 2, sharex="col", **ratios)
     top.bar(range(T), reward, color="tab:gray")
     top.axhline(0, color="black", linewidth=0.5)
     top.set_ylabel("true team\nreward")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title.replace("$", r"\$"), fontsize=10)
     limit = max(float(np.abs(credits).max()), 1e-8)
     image = heat.imshow(credits.T, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
-    heat.set(xlabel="step", yticks=range(N), yticklabels=env.possible_agents, xlim=(-0.5, T - 0.5))
+    heat.set(xlabel="step" if width == 1 else f"{width} steps", xlim=(-0.5, T - 0.5), yticks=range(N))
+    heat.set_yticklabels([str(name).replace("$", r"\$") for name in names])
     heat.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for step, agent, text in marks:
-        dark = abs(credits[step, agent]) > 0.6 * limit
-        heat.text(step, agent, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    for step, agent, text in marks if width == 1 else []:
+        colour = "white" if abs(credits[step, agent]) > 0.6 * limit else "black"
+        heat.text(step, agent, text.replace("$", r"\$"), ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=heat, label="credit")
     corner.axis("off")
     if leftover is None:
@@ -165,62 +130,28 @@ def draw_credits(path: Path, credits: np.ndarray, leftover: float | None, reward
         side.bar(0, leftover, color="tab:orange")
         side.axhline(0, color="black", linewidth=0.5)
         side.set(xlim=(-1, 1), xticks=[0], xticklabels=["leftover"])
-    write_file(path, lambda path: figure.savefig(path, dpi=120, format="png"))
+    figure.savefig(path, dpi=120)
 
 
-def log_to_tensorboard(run_dir: Path, summary: dict[str, float], pictures: list[str]) -> None:
-    """The summary's figures and the pictures, in an event file of their own, in place of an earlier one."""
+def log_to_tensorboard(run_dir: Path, summary: dict[str, float], pictures: list[str], step: int) -> None:
+    """New figures and the pictures, in an event file of their own, in place of an earlier one."""
     for path in run_dir.glob("events.*.evaluation"):
         path.unlink()
     writer = SummaryWriter(run_dir, filename_suffix=".evaluation")
-    for name in (name for name in summary if "/" in name):
-        writer.add_scalar(name, summary[name], summary["global_step"])
+    for name in [name for name in summary if "/" in name]:
+        writer.add_scalar(name, summary[name], step)
     for name in pictures:
         width, height = Image.open(run_dir / name).size
         image = Summary.Image(width=width, height=height, encoded_image_string=(run_dir / name).read_bytes())
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), summary["global_step"])
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
     writer.close()
 
 
-def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, checkpoint: Path | None = None) -> str:
-    """What the module's docstring says; returns a line to print."""
-    args, config, state = load_run(run_dir, "RUN_DIR")
-    state = load_checkpoint(checkpoint, "--checkpoint") if checkpoint else state
-    if state is None or not (run_dir / "metrics.csv").exists():
-        fail(f"RUN_DIR {run_dir}: must have a checkpoint.pt, which a run that ended early has not, and a metrics.csv")
-    script = importlib.import_module(config["script"].removesuffix(".py"))
-    try:
-        agent, decomposer = script.make_networks(args, script.make_env(args, num_envs=1))
-    except ValueError as error:  # such as a package that is no longer installed
-        fail_flag(error)
-    try:
-        agent.load_state_dict(state["agent"])
-        if decomposer is not None:
-            decomposer.load_state_dict(state["decomposer"])
-    except (KeyError, TypeError, RuntimeError):
-        source = f"--checkpoint {checkpoint}" if checkpoint else f"RUN_DIR {run_dir}"
-        fail(f"{source}: must hold the networks that config.json tells of")
-    seed = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0])  # no iteration has number 0
-    torch.manual_seed(seed)
-
-    def policy(obs: torch.Tensor) -> torch.Tensor:
-        return agent.policy(obs).sample()
-
-    episodes, summary = episodes or args.eval_episodes, {}
-    for name, player in (("eval", policy), ("random", None)):
-        env = script.make_parallel_env(args, "human" if render and player else None)
-        figures = play_episodes(env, player, episodes, seed)
-        env.close()
-        if "charts/treasure_rate" in script.METRICS:
-            figures["treasure_rate"] = figures["terminated"]
-        summary |= {f"{name}/{key}": value for key, value in figures.items() if key != "terminated"}
-    summary |= {"global_step": state["global_step"], "wall_time": state["wall_time"]}
-    summary |= {"checkpoint": str(checkpoint)} if checkpoint else {}
-    write_file(run_dir / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
-
-    draw_learning_curve(run_dir)
+def draw_run(run_dir: Path, script: ModuleType, args, agent, decomposer, rows: list[dict], seed: int) -> list[str]:
+    """Write learning_curve.png, credit.png and, if the environment has pictures, episode.gif; returns their names."""
+    draw_learning_curve(run_dir / "learning_curve.png", rows)
     env, frames = script.make_parallel_env(args, "rgb_array"), []
-    episode = play_episode(env, policy, seed, frames)
+    episode = play_episode(env, agent, seed, frames)
     env.close()
     credits = script.decompose(args, decomposer, episode)
     leftover, setting = None, f"credit={args.credit}"
@@ -234,35 +165,56 @@ def evaluate_run(run_dir: Path, episodes: int | None = None, render=False, check
         setting += f"; {env.legend}" if env.legend else ""
     title = f"{env.metadata.get('name', args.exp_name)}, one episode after training; {setting}"
     reward = episode["team_reward"][0].numpy()
-    draw_credits(run_dir / "credit.png", credits[0].numpy(), leftover, reward, env, title, marks)
-    pictures = ["learning_curve.png", "credit.png"]
-    images = [Image.fromarray(frame) for frame in frames if frame is not None]
-    if images:
-        durations = [1000 // env.metadata.get("render_fps", 10)] * len(images)
-        durations[-1] = 2000  # rest on the last picture
-        gif = dict(save_all=True, append_images=images[1:], duration=durations, loop=0, format="gif")
-        write_file(run_dir / "episode.gif", lambda path: images[0].save(path, **gif))
-        pictures.append("episode.gif")
-    log_to_tensorboard(run_dir, summary, pictures)
-    shown = [key for key in ("treasure_rate", "episodic_return") if f"eval/{key}" in summary]
-    report = ", ".join(
-        f"{key} {summary[f'eval/{key}']:.2f} (random team {summary[f'random/{key}']:.2f})" for key in shown
-    )
-    none = "" if images else " (no episode.gif: its render() gives no pictures)"
-    return f"{report} on PettingZoo over {episodes} episodes; see {run_dir}{none}"
+    draw_credits(run_dir / "credit.png", credits[0].numpy(), leftover, reward, env.possible_agents, title, marks)
+    if not frames:
+        return ["learning_curve.png", "credit.png"]
+    durations = [1000 // (env.metadata.get("render_fps") or 10)] * (len(frames) - 1) + [2000]  # rests on the last
+    first, *others = map(Image.fromarray, frames)
+    first.save(run_dir / "episode.gif", save_all=True, append_images=others, duration=durations, loop=0)
+    return ["learning_curve.png", "credit.png", "episode.gif"]
 
 
-@dataclass
-class EvaluateArgs:
-    run_dir: tyro.conf.Positional[Path]  # folder of a run
-    episodes: int | None = None  # episodes to play (None: as many as --eval-episodes of the run says)
-    render: bool = False  # show the team's episodes in a window
-    checkpoint: Path | None = None  # weights to play with, instead of the run's checkpoint.pt
+def main(flags: EvaluateArgs) -> None:
+    if flags.episodes is not None and flags.episodes < 1:
+        fail(f"--episodes {flags.episodes}: must be at least 1")
+    run_dir = flags.run_dir or max(Path("runs").glob("*/"), key=os.path.getmtime, default=Path("runs"))
+    weights = flags.checkpoint or run_dir / "checkpoint.pt"
+    for path in (run_dir / "config.json", weights, run_dir / "metrics.csv"):
+        if not path.exists():
+            fail(f"{path}: must exist, as it does after a run's first checkpoint")
+    config = json.loads((run_dir / "config.json").read_text())
+    script = load_script(run_dir, config["script"], flags.script)
+    known = {field.name for field in fields(script.Args)} - {"run_dir", "resume"}
+    try:
+        args = script.Args(**{name: value for name, value in config["flags"].items() if name in known})
+        agent, decomposer = script.make_networks(args, script.make_env(args, num_envs=1))
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        agent.load_state_dict(state["agent"])
+        if decomposer is not None:
+            decomposer.load_state_dict(state["decomposer"])
+    except (ValueError, KeyError, RuntimeError) as error:
+        fail(f"{weights}: must fit {run_dir}/config.json and {script.__file__} ({error})")
+    with open(run_dir / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    seed, summary = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0]) // 2, {}
+    torch.manual_seed(seed)
+    if flags.render:
+        env = script.make_parallel_env(args, "human")
+        for i in range(flags.episodes or 3):
+            print(f"return {play_episode(env, agent, seed + i)['team_reward'].sum().item():.2f}")
+        env.close()
+    elif flags.episodes is not None:
+        summary = script.evaluate(args, agent, flags.episodes)
+        if any("charts/treasure_rate" in row for row in rows):
+            summary |= {f"{who}/treasure_rate": summary[f"{who}/terminated"] for who in ("eval", "random")}
+        summary |= {"global_step": state["global_step"], "wall_time": state["wall_time"], "checkpoint": str(weights)}
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        scores = f"return {summary['eval/episodic_return']:.2f} (random team {summary['random/episodic_return']:.2f})"
+        print(f"{scores} on PettingZoo over {flags.episodes} episodes")
+    pictures = draw_run(run_dir, script, args, agent, decomposer, rows, seed)
+    log_to_tensorboard(run_dir, summary, pictures, state["global_step"])
+    print(f"drawn: {', '.join(str(run_dir / name) for name in pictures)}")
 
 
 if __name__ == "__main__":
-    sys.excepthook = report_error
-    args = tyro.cli(EvaluateArgs)
-    if args.episodes is not None and args.episodes < 1:
-        fail(f"--episodes {args.episodes}: must be at least 1")
-    print(evaluate_run(**vars(args)))
+    main(tyro.cli(EvaluateArgs))

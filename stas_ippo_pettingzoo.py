@@ -1,46 +1,56 @@
-"""STAS + independent PPO on any PettingZoo ParallelEnv, the whole algorithm in one file, in one process or several.
+"""STAS + independent PPO on any PettingZoo ParallelEnv, the whole algorithm in one file.
 
-    python stas_ippo_pettingzoo.py --env-id mpe2.simple_reference_v3
-    torchrun --nproc-per-node 2 stas_ippo_pettingzoo.py --env-id mpe2.simple_reference_v3    # see distributed.py
+    python stas_ippo_pettingzoo.py --env-id mpe2.simple_speaker_listener_v4 --horizon 25
 
 STAS (Chen, Zhang, Yang, Du, AAAI 2024, https://arxiv.org/abs/2304.07520) learns from a team return R that is known only
-when an episode ends. In one iteration of the training loop, which is at the end of this file,
-  1. every agent acts on its own observation, for one whole episode in each of `num_envs` environments;
-  2. the episodes go into a replay buffer, with nothing of the reward but their returns;
-  3. the decomposer is fitted: causal attention over time for each agent, then attention over agents, in which each sees
-     itself and random coalitions of the others, then a linear head that gives credits, trained to add up to R;
-  4. the fresh episodes get credits; the leftover, R minus their sum, is paid at the last step (the paper drops it);
-  5. PPO trains every agent on its own observations and credits; actor and critic are shared, and told whom they serve.
+when an episode ends. One iteration of the training loop, which is at the end of this file:
+  1. roll out: every agent acts on its own observation, one whole episode in each of `num_envs` environments;
+  2. store: the episodes go into a replay buffer, with nothing of the reward but their returns;
+  3. fit the decomposer: attention over each agent's past, then over agents, where agent i sees itself and a random
+     coalition C of the others, on average over `mc_samples` of them; a linear head turns the mean into a credit. (A
+     Shapley value averages v(C + i) - v(C); STAS has the network guess that, and trains all credits to add up to R.)
+  4. decompose: fresh episodes get credits, a dense reward for every agent at every step. They sum to the *predicted*
+     return; the leftover is paid at the last step, in equal shares. (The paper drops it: `--conserve none`.)
+  5. PPO: one actor and one critic serve all agents, told by a one-hot whom; each agent learns from its own credits.
 
-Axes stand in the order (episode E, time T, agent N, feature): observations have O features, continuous actions A.
-D is the embedding width, H the heads, M the coalitions, B any batch, L a batch's longest episode, S all valid steps.
+Axes stand in the order (episode E, time T, agent N, feature). O is the size of an observation, A of a continuous
+action, D of an embedding; H heads, M coalitions, B any batch, S the valid steps of all episodes.
 """
 
+import argparse
+import copy
+import csv
+import importlib.metadata
+import json
 import math
 import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributions import Beta, Categorical, Distribution, Independent
+import tyro
+from torch.distributions import Beta, Categorical, Independent
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-import run_folder
-from distributed import RANK, WORLD_SIZE, Gathered, average_gradients, connect, moments, total
 from envs import EnvFailure, pettingzoo
-from evaluate import evaluate_run, explained_variance, measure_credits
 
 
 @dataclass
 class Args:
     """Flags in four groups, which begin at [the run], [the environment], [PPO] (with CleanRL's names), [the method]."""
 
-    # The run
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # [the run] name of the experiment
     seed: int = 1  # learner, environment and evaluation draw from three seeds derived from this one
     torch_deterministic: bool = True  # use deterministic torch algorithms only
@@ -50,19 +60,15 @@ class Args:
     wandb_project_name: str = "stas"  # project of Weights and Biases
     wandb_entity: str | None = None  # entity (team) of Weights and Biases
     run_dir: str | None = None  # run folder (default: runs/{environment}__{exp_name}__{changed flags}__{seed}__{time})
-    resume: str | None = None
-    """run folder to continue; its flags win, but total_timesteps, eval_episodes and cuda may be given anew. More
-    total_timesteps for a finished run restart what anneals at a higher value"""
+    resume: str | None = None  # run folder to continue; its flags are the defaults, and what is typed beside it wins
     checkpoint_every: int = 20  # iterations between two checkpoints
     eval_episodes: int = 100  # episodes of the final evaluation
 
-    # The environment
     env_id: str = "mpe2.simple_reference_v3"  # [the environment] a module with parallel_env, or PettingZoo's id
     env_kwargs: str = "{}"  # options of parallel_env, a JSON object, such as '{"local_ratio": 0.5}'
     horizon: int = 25  # steps of an episode; the environment's own limit must not come before it
     env_workers: int = 0  # processes that play the environments (0: this one)
 
-    # PPO
     total_timesteps: int = 600_000  # [PPO] environment steps (joint actions) to train for
     num_envs: int = 128  # episodes per iteration, played side by side
     learning_rate: float = 1e-3  # learning rate of the policy and the critic (Adam)
@@ -72,7 +78,7 @@ class Args:
     num_minibatches: int = 16  # minibatches per epoch
     update_epochs: int = 10  # epochs of policy updates per iteration
     norm_adv: bool = True  # normalise the advantages of each minibatch
-    adv_eps: float = 1e-8  # added to their deviation: what is far below it, in units of reward_scale, teaches little
+    adv_eps: float = 1e-8  # added to the deviation they are divided by: what is far below it stays small
     clip_coef: float = 0.2  # clipping range of the surrogate objective
     clip_vloss: bool = False  # clip the value loss too
     ent_coef: float = 0.01  # weight of the entropy bonus
@@ -82,20 +88,17 @@ class Args:
     target_kl: float | None = None  # stop an iteration's policy updates beyond this KL divergence
     critic: Literal["independent", "centralized"] = "independent"  # it sees its agent's observation, or all (MAPPO)
 
-    # The method
     credit: Literal["stas", "temporal", "uniform", "episodic", "dense"] = "stas"
-    """[the method] what the agents learn from. stas: learned credits. In equal shares, temporal: credits learned with
-    attention over time only; uniform: R / length at every step; episodic: R at the last step (plain PPO on the delayed
-    return); dense: the true reward of every step, an oracle, as the method may not see it"""
+    """[the method] what agents learn from. stas: learned credits; temporal: learned without attention over agents, in
+    equal shares. In equal shares too, uniform: R / length at every step; episodic: R at the last step (plain PPO); and
+    dense, an oracle: the true reward of every step"""
     conserve: Literal["none", "terminal", "uniform"] = "terminal"
     """where the leftover, R - sum of learned credits, goes in equal shares: nowhere (none, the paper), to the last step
     (terminal), or to all steps (uniform)"""
-    own_share: float = 1.0  # part of an agent's credit that it is paid itself; all agents share the rest equally
     mc_samples: int = 5  # coalitions drawn per agent and step, M
     coalition: Literal["bernoulli", "permutation", "exact", "all"] = "bernoulli"
-    """who is in an agent's coalitions. bernoulli: each other agent with probability 1/2 (the paper); permutation: those
-    before it in a random order (Shapley's weights); exact: all coalitions with Shapley's weights (up to 8 agents); all:
-    everyone always, which is plain attention"""
+    """who is in a coalition. bernoulli: each other agent with probability 1/2 (the paper); permutation: those before it
+    in a random order (Shapley's weights); exact: all coalitions, with Shapley's weights; all: everyone, always"""
     embedding: Literal["mlp", "linear"] = "mlp"  # of the decomposer's inputs: two hidden layers of 2 D, or none (paper)
     outcome: bool = True  # the decomposer sees what an agent observes after a step too, not only before it (paper)
     emb_dim: int = 32  # width of the decomposer, D
@@ -111,36 +114,42 @@ class Args:
     """the decomposer's targets and PPO's rewards are divided by this; logs are in raw units (None: the standard
     deviation of returns before training; 1 if they are all alike)"""
 
+    def __post_init__(self):
+        """Raises a ValueError, which tyro shows, for flags that make no sense."""
+        may_be_zero = ("seed", "num_threads", "env_workers", "num_layers", "attention_window", "learning_starts")
+        may_be_zero += ("gamma", "gae_lambda", "ent_coef", "vf_coef")
+        rules = {"seed": (self.seed < 2**32, "below 2**32")}
+        rules |= {name: (getattr(self, name) <= 1, "at most 1") for name in ("gamma", "gae_lambda")}
+        for name, value in vars(self).items():
+            if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
+                rules[name] = False, "a number above 0" + " or 0" * (name in may_be_zero)
+        rules["num_heads"] = self.num_heads > 0 and self.emb_dim % self.num_heads == 0, "a divisor of --emb-dim"
+        rules["resume"] = self.resume is None or os.path.exists(f"{self.resume}/config.json"), "the folder of a run"
+        rules["run_dir"] = self.run_dir is None or not os.path.exists(self.run_dir), "a new folder (see --resume)"
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {rule}")
 
-METRICS = run_folder.METRICS  # the columns of metrics.csv
 
-
-def make_env(args: Args, num_envs: int, device: str | torch.device = "cpu"):
+def make_env(args, num_envs: int, device: str | torch.device = "cpu"):
     """The environments to learn in, by the protocol of envs/__init__.py."""
-    return pettingzoo.PettingZooEnv(args.env_id, num_envs, args.horizon, args.env_kwargs, device, args.env_workers)
+    make_one = partial(pettingzoo.make_parallel_env, args.env_id, args.horizon, args.env_kwargs)
+    return pettingzoo.PettingZooEnv(make_one, num_envs, device, args.env_workers)
 
 
-def make_parallel_env(args: Args, render_mode: str | None = None):
+def make_parallel_env(args, render_mode: str | None = None):
     """The environment to be evaluated on."""
     return pettingzoo.make_parallel_env(args.env_id, args.horizon, args.env_kwargs, render_mode)
 
 
-def sample_coalitions(
-    kind: str, num_samples: int, batch: int, num_agents: int, device: str | torch.device = "cpu"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coalitions, drawn afresh for every (episode, step) pair (the paper's Monte Carlo), and their weights.
+def sample_coalitions(kind: str, num_samples: int, batch: int, num_agents: int, device="cpu") -> tuple:
+    """Coalitions, drawn afresh for each of `batch` (episode, step) pairs (the paper's Monte Carlo), and their weights.
 
-    Coin flips and orders come in antithetic pairs, m and m + ceil(M / 2): the second flips every coin, or reverses the
-    order, of the first. Each is distributed as if drawn alone, but their mean varies less. A draw serves all agents.
-
-    Args:
-        kind: "bernoulli": every other agent joins with probability 1/2, which is uniform over coalitions and so
-            estimates the Banzhaf weighting (the paper's choice). "permutation": the agents before i in a random order,
-            which has Shapley's weights. "exact": no draw, all 2^(N-1) coalitions. "all": no draw, everyone.
-        num_samples: M, of the kinds that are drawn. batch: number of (episode, step) pairs, B.
-    Returns:
-        masks (M, B, N, N) bool, [m, b, i, j]: agent j is in C_m + {i}, so the diagonal is always True; (M, 1, N, N) if
-        nothing is drawn. weights (M,), which sum to 1.
+    bernoulli: uniform over coalitions, which estimates the Banzhaf weighting (the paper's choice). permutation: the
+    agents before i in a random order, which have Shapley's weights. Both draw antithetic pairs, m and m + ceil(M / 2),
+    with all coins flipped or the order reversed: their mean varies less. One draw serves all agents. Returns
+        masks (M, B, N, N) bool, [m, b, i, j]: agent j is in C_m + {i}, so the diagonal is True; (M, 1, N, N) where
+        nothing is drawn, by "exact" (all 2^(N-1) coalitions) and "all" (everyone); weights (M,), which sum to 1.
     """
     self_mask = torch.eye(num_agents, dtype=torch.bool, device=device)
     pairs = (num_samples + 1) // 2
@@ -185,12 +194,9 @@ class TemporalLayer(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D / H) each
         # Padding comes after the end of an episode, so causality alone keeps valid steps from seeing it.
-        if 0 < self.window < T:
-            steps = torch.arange(T, device=x.device)
-            age = steps.unsqueeze(1) - steps  # (T, T), of each key for each query
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(0 <= age) & (age < self.window))
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        age = torch.arange(T, device=x.device).unsqueeze(1) - torch.arange(T, device=x.device)  # (query, key)
+        seen = (0 <= age) & (age < (self.window or T))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         x = x + self.proj(attended.transpose(1, 2).reshape(B, T, D))
         return x + self.mlp(self.norm2(x))
 
@@ -198,11 +204,11 @@ class TemporalLayer(nn.Module):
 class ShapleyAttention(nn.Module):
     """Attention over agents, averaged over coalitions: the paper's stand-in for a Shapley value.
 
-    phi_i = W_O sum_j P_ij v_j, with P_ij = sum_m w_m 1[j in C_m] e_ij / sum_{k in C_m} e_ik and e_ij = exp(score_ij),
-    C_m with i itself. W_Q is agent-specific, W_K, W_V and W_O are shared; an identity is added to each agent's input.
-    The same as attending anew under every coalition, but e and v are computed only once:
+    phi_i = sum_m w_m Attn_i(C_m + {i}): agent i attends to itself and the members of a coalition. W_Q is its own, W_K,
+    W_V and W_O are shared, and an identity is added to each input. Only the mask differs between coalitions, and all
+    that follows the softmax is linear, so its probabilities are averaged, and the rest is done once:
 
-        phi = sum(w * W_O(softmax(scores.masked_fill(~mask.unsqueeze(1), -inf)) @ v) for mask, w in zip(masks, weights))
+        P_ij = sum_m w_m 1[j in C_m] e_ij / sum_{k in C_m} e_ik,   e_ij = exp(score_ij),   phi_i = W_O sum_j P_ij v_j
     """
 
     def __init__(self, emb_dim: int, num_heads: int, num_agents: int):
@@ -215,61 +221,35 @@ class ShapleyAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x (B, N, D), masks (M, B or 1, N, N) bool, weights (M,) that sum to 1 -> phi (B, N, D)"""
-        B, N, D = x.shape
-        x = x.transpose(0, 1) + self.identity.unsqueeze(1)  # (N, B, D), the order of the decomposer's tokens in memory
-        query = x @ self.query
+        x = x + self.identity
+        query = torch.einsum("bnd,nde->bne", x, self.query)
         key, value = self.key_value(x).chunk(2, dim=-1)
-        query, key, value = (y.view(N, B, self.num_heads, -1).permute(1, 2, 0, 3) for y in (query, key, value))
+        query, key, value = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in (query, key, value))
         scores = query @ key.transpose(-2, -1) / math.sqrt(key.shape[-1])  # (B, H, N, N)
-        # A factor of e_i cancels in P_i. Relative to the agent's own score, its own e is 1, and in every coalition: no
-        # sum is too small to divide by. The clamp prevents overflow; it binds beyond differences of 40.
+        # Relative to the agent's own score, its own e is 1, and in every sum: none is too small to divide by.
         own = scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        e = (scores - own).clamp(-40, 40).exp().permute(0, 2, 3, 1)  # (B, N, N, H)
-        masks = masks.permute(1, 2, 0, 3).to(x.dtype, memory_format=torch.contiguous_format)  # (B or 1, N, M, N)
-        sums = torch.einsum("bimj,bijh->bimh", masks, e)  # over the members of each coalition
-        P = e * torch.einsum("bimj,bimh->bijh", masks, weights.to(x).unsqueeze(-1) / sums)  # (B, N, N, H)
-        attended = (P.permute(0, 3, 1, 2) @ value).permute(2, 0, 1, 3).reshape(N, B, D)
-        return self.proj(attended).transpose(0, 1)
-
-
-class Embedding(nn.Module):
-    """Tokens: what an agent sees and does in a step, sees next if `outcome` (at the end again the same), and who it is,
-    embedded, plus a position for the step."""
-
-    def __init__(self, args, env):
-        super().__init__()
-        D, N = args.emb_dim, env.num_agents
-        self.outcome, self.continuous, self.num_actions = args.outcome, env.continuous, env.num_actions
-        self.register_buffer("agent_id", torch.eye(N), persistent=False)
-        inputs = (1 + args.outcome) * env.obs_dim + env.num_actions + N
-        hidden = (nn.Linear(inputs, 2 * D), nn.ReLU(), nn.Linear(2 * D, 2 * D), nn.ReLU(), nn.Linear(2 * D, D))
-        self.layers = nn.Sequential(*hidden) if args.embedding == "mlp" else nn.Linear(inputs, D)
-        self.position = nn.Parameter(torch.zeros(env.horizon, D))
-
-    def forward(self, obs: torch.Tensor, act: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """obs (E, T, N, O), act (E, T, N[, A]), valid (E, T) -> (N, E, T, D): one agent after another in memory"""
-        if self.outcome:
-            follows = F.pad(valid[:, 1:], (0, 1))[..., None, None]  # (E, T, 1, 1), whether the episode goes on
-            obs = torch.cat((obs, torch.where(follows, obs.roll(-1, dims=1), obs)), dim=-1)
-        if not self.continuous:
-            act = F.one_hot(act.long(), self.num_actions)
-        # A buffer may hold half precision and short integers. Scaled up, fine differences are learned much sooner.
-        inputs = (5 * obs.to(self.position), act.to(self.position), self.agent_id.expand(*obs.shape[:3], -1))
-        return self.layers(torch.cat(inputs, dim=-1).permute(2, 0, 1, 3)) + self.position[: obs.shape[1]]
+        e = (scores - own).clamp(-40, 40).exp()
+        members = masks.unsqueeze(2).to(e)  # (M, B or 1, 1, N, N)
+        sums = (members * e).sum(dim=-1, keepdim=True)  # (M, B, H, N, 1)
+        P = e * (weights.view(-1, 1, 1, 1, 1) / sums * members).sum(dim=0)
+        return self.proj((P @ value).transpose(1, 2).flatten(2))
 
 
 class Decomposer(nn.Module):
-    """Splits the team return into credits: embedding, temporal layers, a Shapley block, a linear head.
-
-    With credit "temporal" the Shapley block is left out and the agents share each step's credit equally.
-    """
+    """Splits the team return into credits: embedding, temporal layers, a Shapley block, a linear head. With credit
+    "temporal" there is no Shapley block, and the agents share each step's credit equally."""
 
     def __init__(self, args, env):
         super().__init__()
         D, N = args.emb_dim, env.num_agents
-        self.mc_samples, self.coalition = args.mc_samples, args.coalition
+        self.mc_samples, self.coalition, self.outcome = args.mc_samples, args.coalition, args.outcome
+        self.num_actions, self.continuous = env.num_actions, env.continuous
         self.scale = 1 / math.sqrt(env.horizon * N)  # of a sum of T N credits, as Adam would overshoot
-        self.embed = Embedding(args, env)
+        self.register_buffer("agent_id", torch.eye(N), persistent=False)
+        inputs = (1 + args.outcome) * env.obs_dim + env.num_actions + N
+        hidden = (nn.Linear(inputs, 2 * D), nn.ReLU(), nn.Linear(2 * D, 2 * D), nn.ReLU(), nn.Linear(2 * D, D))
+        self.embedding = nn.Sequential(*hidden) if args.embedding == "mlp" else nn.Linear(inputs, D)
+        self.position = nn.Parameter(torch.zeros(env.horizon, D))
         layers = (TemporalLayer(D, args.num_heads, args.attention_window) for _ in range(args.num_layers))
         self.temporal = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(D)
@@ -278,57 +258,57 @@ class Decomposer(nn.Module):
         nn.init.zeros_(self.head.weight)  # credits start at zero
         nn.init.zeros_(self.head.bias)
 
+    def embed(self, obs: torch.Tensor, act: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Tokens (N, E, T, D), one agent after another in memory: what an agent sees and does, what it sees next (at
+        the end the same again), who it is, and the step."""
+        if self.outcome:
+            follows = F.pad(valid[:, 1:], (0, 1))[..., None, None]  # (E, T, 1, 1), whether the episode goes on
+            obs = torch.cat((obs, torch.where(follows, obs.roll(-1, dims=1), obs)), dim=-1)
+        if not self.continuous:
+            act = F.one_hot(act.long(), self.num_actions)
+        # A buffer may hold half precision and short integers. Scaled up, fine differences are learned much sooner.
+        inputs = (5 * obs.to(self.position), act.to(self.position), self.agent_id.expand(*obs.shape[:3], -1))
+        return self.embedding(torch.cat(inputs, dim=-1).permute(2, 0, 1, 3)) + self.position[: obs.shape[1]]
+
     def forward(self, obs: torch.Tensor, act: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """obs (E, T, N, O), act (E, T, N[, A]), valid (E, T) -> credits (E, T, N) / reward scale, 0 where not valid"""
         E, T, N, _ = obs.shape
-        L = int(valid.any(dim=0).sum())  # the longest episode: no work on steps that none reaches
-        x = self.embed(obs[:, :L], act[:, :L], valid[:, :L]).view(N * E, L, -1)  # one sequence per agent
+        x = self.embed(obs, act, valid).view(N * E, T, -1)  # one sequence per agent
         for layer in self.temporal:
             x = layer(x)
-        x = self.norm(x).view(N, E * L, -1)
+        x = self.norm(x).view(N, E * T, -1)
         if self.shapley is not None:
-            masks, weights = sample_coalitions(self.coalition, self.mc_samples, E * L, N, x.device)
+            masks, weights = sample_coalitions(self.coalition, self.mc_samples, E * T, N, x.device)
             x = self.shapley(x.transpose(0, 1), masks, weights).transpose(0, 1)
-        credits = self.head(x).view(N, E, L).permute(1, 2, 0)  # (E, L, N)
+        credits = self.head(x).view(N, E, T).permute(1, 2, 0)  # (E, T, N)
         if self.shapley is None:
-            credits = credits.mean(dim=2, keepdim=True).expand(E, L, N)
-        credits = F.pad(credits, (0, 0, 0, T - L))  # (E, T, N)
+            credits = credits.mean(dim=2, keepdim=True).expand(E, T, N)
         return self.scale * credits * valid.unsqueeze(-1)
 
 
-def distribute_return(returns: torch.Tensor, valid: torch.Tensor, num_agents: int, where: str) -> torch.Tensor:
-    """Spread one number per episode, (E,), over its valid steps, (E, T), and equally over the agents: (E, T, N).
-
-    where: "terminal", all at the last valid step; "uniform", the same at every valid step of the episode.
-    """
+def conserve(credits: torch.Tensor, team_return: torch.Tensor, valid: torch.Tensor, where: str) -> torch.Tensor:
+    """Add what the credits (E, T, N) leave of the returns (E,) in equal shares: at the last valid step ("terminal"), at
+    all steps that valid (E, T) marks ("uniform"), or nowhere ("none")."""
+    if where == "none":
+        return credits
     length = valid.sum(dim=1, keepdim=True)  # (E, 1)
     last = torch.arange(valid.shape[1], device=valid.device) == length - 1  # (E, T)
     share = last if where == "terminal" else valid / length
-    return (returns.unsqueeze(1) * share / num_agents).unsqueeze(-1).expand(-1, -1, num_agents)
+    leftover = team_return - credits.sum(dim=(1, 2))
+    return credits + (leftover.unsqueeze(1) * share / credits.shape[2]).unsqueeze(-1)
 
 
 @torch.no_grad()
 def decompose(args, decomposer: nn.Module | None, episodes: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Credits of `args.credit` for whole episodes as `rollout` returns them: (E, T, N) in raw reward units.
-
-    Learned ones (named here and in `make_networks`) see nothing of the reward; `conserve` places what they leave over.
-    """
-    team_reward, valid, N = episodes["team_reward"], episodes["valid"], episodes["obs"].shape[2]
-    if args.credit in ("stas", "temporal"):
+    """Credits of `args.credit` for whole episodes as `rollout` returns them: (E, T, N) in raw reward units."""
+    team_reward, valid, nothing = episodes["team_reward"], episodes["valid"], torch.zeros_like(episodes["obs"][..., 0])
+    if decomposer is not None:  # it sees nothing of the reward
         return args.reward_scale * decomposer(episodes["obs"], episodes["act"], valid)
-    if args.credit == "dense":
-        return (team_reward / N).unsqueeze(-1).expand(-1, -1, N)
     if args.credit in ("episodic", "uniform"):
-        where = "terminal" if args.credit == "episodic" else "uniform"
-        return distribute_return(team_reward.sum(dim=1), valid, N, where)
+        return conserve(nothing, team_reward.sum(dim=1), valid, {"episodic": "terminal"}.get(args.credit, "uniform"))
+    if args.credit == "dense":
+        return nothing + team_reward.unsqueeze(-1) / nothing.shape[2]
     return episodes[args.credit]  # an oracle of the environment
-
-
-def conserve(credits: torch.Tensor, returns: torch.Tensor, valid: torch.Tensor, where: str) -> torch.Tensor:
-    """Add what the credits (E, T, N) leave of the returns (E,), placed by `distribute_return`, or not if "none"."""
-    if where == "none":
-        return credits
-    return credits + distribute_return(returns - credits.sum(dim=(1, 2)), valid, credits.shape[2], where)
 
 
 class ReplayBuffer:
@@ -339,7 +319,6 @@ class ReplayBuffer:
         self.data: dict[str, torch.Tensor] = {}
 
     def add(self, **episodes: torch.Tensor) -> None:
-        """Append episodes; every tensor has the same number of rows."""
         for name, rows in episodes.items():
             rows = rows[-self.capacity :].to(self.device)
             if name not in self.data:
@@ -349,7 +328,7 @@ class ReplayBuffer:
         self.count += len(rows)
 
     def sample(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """Episodes drawn uniformly with replacement, so that any batch size works from the first episode on."""
+        """Episodes drawn with replacement, so that any batch size works from the first episode on."""
         index = torch.randint(min(self.count, self.capacity), (batch_size,), device=self.device)
         return {name: rows[index] for name, rows in self.data.items()}
 
@@ -357,30 +336,24 @@ class ReplayBuffer:
         return {"count": self.count, "data": {name: rows[: self.count].clone() for name, rows in self.data.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        self.data, self.count = {}, 0
-        if state["data"]:
-            self.add(**state["data"])
+        self.count = 0
+        self.add(**state["data"])
         self.count = state["count"]
 
 
-def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
-    """Two hidden layers of 64, tanh."""
-    hidden = (layer_init(nn.Linear(inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh())
-    return nn.Sequential(*hidden, layer_init(nn.Linear(64, outputs), std))
+    """Two hidden layers of 64, tanh, orthogonal weights."""
+    layers: list[nn.Module] = []
+    for width_in, width_out, gain in ((inputs, 64, math.sqrt(2)), (64, 64, math.sqrt(2)), (64, outputs, std)):
+        layers += [nn.Linear(width_in, width_out), nn.Tanh()]
+        nn.init.orthogonal_(layers[-2].weight, gain)
+        nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers[:-1])
 
 
 class ActorCritic(nn.Module):
-    """One actor and one critic shared by all agents, each told which agent it serves by a one-hot.
-
-    The actor sees the agent's own observation. The critic sees it too, or those of all agents if centralized, and the
-    time, for only the horizon ends an episode that is not solved.
-    """
+    """One actor and one critic for all agents, told by a one-hot which one they serve. The actor sees its observation,
+    the critic too, or all observations if centralized, and the time, as most episodes end at the horizon."""
 
     def __init__(self, args, env):
         super().__init__()
@@ -391,16 +364,6 @@ class ActorCritic(nn.Module):
         seen = env.obs_dim * (env.num_agents if self.centralized else 1)
         self.critic = mlp(seen + env.num_agents + 1, 1, std=1.0)
 
-    def policy(self, obs: torch.Tensor) -> Distribution:
-        """obs (..., N, O) -> distribution of the actions (..., N) or (..., N, A)"""
-        return self.distribution(self.actor(torch.cat((obs, self.agent_id.expand(*obs.shape[:-1], -1)), dim=-1)))
-
-    def distribution(self, outputs: torch.Tensor) -> Distribution:
-        return Categorical(logits=outputs, validate_args=False)
-
-    def sample(self, policy: Distribution) -> torch.Tensor:
-        return policy.sample()
-
     def get_value(self, obs: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
         """obs (..., N, O), elapsed (...), the share of the horizon that is over -> (..., N)"""
         shape = obs.shape[:-1]
@@ -410,27 +373,29 @@ class ActorCritic(nn.Module):
 
     def get_action_and_value(self, obs: torch.Tensor, elapsed: torch.Tensor, action: torch.Tensor | None = None):
         """obs (..., N, O), elapsed (...) -> action (drawn if None), logprob, the policy's entropy, value: (..., N)"""
-        policy = self.policy(obs)
+        logits = self.actor(torch.cat((obs, self.agent_id.expand(*obs.shape[:-1], -1)), dim=-1))
+        policy = Categorical(logits=logits, validate_args=False)
         if action is None:
-            action = self.sample(policy)
+            action = policy.sample()
         return action, policy.log_prob(action), policy.entropy(), self.get_value(obs, elapsed)
 
 
 class ContinuousActorCritic(ActorCritic):
     """Actions in [0, 1]^A, drawn from Beta distributions with parameters above 1, which have a single mode."""
 
-    def distribution(self, outputs: torch.Tensor) -> Distribution:
-        alpha, beta = (1 + F.softplus(outputs).clamp(max=1000)).chunk(2, dim=-1)  # larger ones lose float32's precision
-        return Independent(Beta(alpha, beta, validate_args=False), 1, validate_args=False)
+    def get_action_and_value(self, obs: torch.Tensor, elapsed: torch.Tensor, action: torch.Tensor | None = None):
+        logits = self.actor(torch.cat((obs, self.agent_id.expand(*obs.shape[:-1], -1)), dim=-1))
+        alpha, beta = (1 + F.softplus(logits).clamp(max=1000)).chunk(2, dim=-1)  # beyond it, float32 is too coarse
+        policy = Independent(Beta(alpha, beta, validate_args=False), 1, validate_args=False)
+        if action is None:
+            action = policy.sample().clamp(1e-4, 1 - 1e-4)  # where log-probabilities are finite
+        return action, policy.log_prob(action), policy.entropy(), self.get_value(obs, elapsed)
 
-    def sample(self, policy: Distribution) -> torch.Tensor:
-        return policy.sample().clamp(1e-4, 1 - 1e-4)  # where log-probabilities are finite
 
-
-def make_networks(args: Args, env) -> tuple[nn.Module, nn.Module | None]:
-    """The agents' networks, and the decomposer where the credit is learned; ValueError if a flag does not fit."""
+def make_networks(args, env) -> tuple[nn.Module, nn.Module | None]:
+    """The agents' networks, and the decomposer where the credit is learned."""
     if args.credit == "stas" and args.coalition == "exact" and env.num_agents > 8:
-        raise ValueError("coalition exact: must be bernoulli, permutation or all with more than 8 agents")
+        raise ValueError("--coalition exact: must be another with more than 8 agents")
     agent = (ContinuousActorCritic if env.continuous else ActorCritic)(args, env)
     decomposer = Decomposer(args, env) if args.credit in ("stas", "temporal") else None
     # What an agent does not have: an action gets the logit -inf; a dimension the distribution Beta(1, 1), which adds
@@ -444,30 +409,24 @@ def make_networks(args: Args, env) -> tuple[nn.Module, nn.Module | None]:
 
 @torch.no_grad()
 def rollout(env, agent: nn.Module, seed: int | None = None) -> dict[str, torch.Tensor]:
-    """Play one whole episode in every environment.
-
-    Returns obs (E, T, N, O), elapsed (E, T), act (E, T, N) or (E, T, N, A), logprob and value (E, T, N), team_reward
-    (0 where not valid) and valid (E, T), and what the environment's `oracles` tell after every step, (E, T, N) each.
-    """
+    """Play one whole episode in every environment: obs (E, T, N, O), elapsed (E, T), act (E, T, N) or (E, T, N, A),
+    logprob and value (E, T, N), team_reward (0 where not valid) and valid (E, T), and what the environment's `oracles`
+    tell after every step, (E, T, N) each."""
     next_obs, steps = env.reset(seed), []
     for t in range(env.horizon):
         obs, valid = next_obs, ~env.terminated
         elapsed = torch.full((env.num_envs,), t / env.horizon, device=obs.device)
         act, logprob, _, value = agent.get_action_and_value(obs, elapsed)
         next_obs, team_reward, _ = env.step(act)
-        step = dict(obs=obs, elapsed=elapsed, act=act, logprob=logprob, value=value)
-        step |= dict(team_reward=team_reward, valid=valid)
+        step = dict(obs=obs, elapsed=elapsed, act=act, logprob=logprob, value=value, valid=valid)
+        step["team_reward"] = team_reward
         steps.append(step | (env.oracles() if hasattr(env, "oracles") else {}))
     return {name: torch.stack([step[name] for step in steps], dim=1) for name in steps[0]}
 
 
-def compute_gae(
-    rewards: torch.Tensor, values: torch.Tensor, valid: torch.Tensor, gamma: float, gae_lambda: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438), where the value after the last valid step is 0.
-
-    rewards, values (E, T, N), valid (E, T) -> advantages, returns (E, T, N), zero where not valid
-    """
+def compute_gae(rewards, values, valid, gamma: float, gae_lambda: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438), where the value after the last valid step is 0: of rewards
+    and values (E, T, N), valid (E, T). Both results are (E, T, N), zero where not valid."""
     valid = valid.unsqueeze(-1).to(values.dtype)  # (E, T, 1)
     values = values * valid
     advantages = torch.zeros_like(values)
@@ -479,172 +438,274 @@ def compute_gae(
     return advantages, advantages + values
 
 
-if __name__ == "__main__":
-    sys.excepthook = run_folder.report_error
-    args, config, checkpoint = run_folder.parse_flags(Args, __file__, WORLD_SIZE)
-    run_name = run_folder.name_run(args, args.env_id)
+def update_decomposer(decomposer, optimizer, batch: dict[str, torch.Tensor], reward_scale: float) -> torch.Tensor:
+    """One gradient step towards credits that add up to the return, on stored episodes: obs (B, T, N, O), act (B, T, N)
+    or (B, T, N, A), valid (B, T), team_return (B,). Returns the loss."""
+    predicted = decomposer(batch["obs"], batch["act"], batch["valid"]).sum(dim=(1, 2))
+    loss = F.mse_loss(predicted, batch["team_return"] / reward_scale)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
-    # Device, environment, networks, and where they stood if the run is resumed.
-    device = connect(run_folder.choose_device(args))
+
+LOSSES = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")  # of update_agent
+
+
+def update_agent(args, agent, optimizer, batch: dict[str, torch.Tensor], ent_coef: float) -> torch.Tensor:
+    """One gradient step of PPO (arXiv 1707.06347) on steps of episodes: obs (B, N, O), elapsed (B,), act (B, N) or
+    (B, N, A), logprob, value, advantage and return (B, N). Returns the numbers that LOSSES names, (6,)."""
+    _, logprob, entropy, value = agent.get_action_and_value(batch["obs"], batch["elapsed"], batch["act"])
+    logratio = logprob - batch["logprob"]
+    ratio = logratio.exp()
+    advantage = batch["advantage"]
+    if args.norm_adv:
+        advantage = advantage - advantage.mean()
+        advantage = advantage / (advantage.std(correction=0) + args.adv_eps)
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(-advantage * ratio, -advantage * clipped_ratio).mean()
+    v_loss = (value - batch["return"]).square()
+    if args.clip_vloss:
+        change = (value - batch["value"]).clamp(-args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (batch["value"] + change - batch["return"]).square())
+    v_loss = 0.5 * v_loss.mean()
+    loss = pg_loss - ent_coef * entropy.mean() + args.vf_coef * v_loss
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    old_approx_kl, approx_kl = (-logratio).mean(), ((ratio - 1) - logratio).mean()
+    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    return torch.stack((v_loss, pg_loss, entropy.mean(), old_approx_kl, approx_kl, clipfrac)).detach()
+
+
+def explained_variance(predicted: torch.Tensor, true: torch.Tensor) -> float:
+    """1 - Var(true - predicted) / Var(true); nan if `true` is constant."""
+    variance = true.var(correction=0)
+    return (1 - (true - predicted).var(correction=0) / variance).item() if variance > 0 else math.nan
+
+
+def centred_correlation(x: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -> float:
+    """Pearson correlation of the valid entries of x and y (B, K), both centred within each row; nan if constant."""
+    count = valid.sum(dim=1, keepdim=True).clamp(min=1)
+    x, y = ((z - (z * valid).sum(dim=1, keepdim=True) / count) * valid for z in (x, y))
+    return ((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()).item()
+
+
+def evaluate(args, agent: nn.Module, num_episodes: int) -> dict[str, float]:
+    """Team returns of whole episodes on PettingZoo: eval/... of the agents, random/... of uniformly random actions."""
+    env = pettingzoo.PettingZooEnv(lambda: make_parallel_env(args), num_episodes)
+    at_random = copy.deepcopy(agent)
+    nn.init.zeros_(at_random.actor[-1].weight)  # all logits are the same, and the parameters of Beta are 1
+    nn.init.constant_(at_random.actor[-1].bias, -1e3)
+    seed = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0])  # no iteration has number 0
+    torch.manual_seed(seed)
+    summary: dict[str, float] = {}
+    for who, player in (("eval", agent), ("random", at_random)):
+        episodes = rollout(env, player, seed)
+        returns, lengths = episodes["team_reward"].sum(dim=1), episodes["valid"].sum(dim=1).float()
+        summary |= {f"{who}/episodic_return": returns.mean(), f"{who}/episodic_return_std": returns.std(correction=0)}
+        summary |= {f"{who}/episodic_length": lengths.mean(), f"{who}/terminated": env.terminated.float().mean()}
+        summary[f"{who}/episodes"] = num_episodes
+    return {name: float(value) for name, value in summary.items()}
+
+
+if __name__ == "__main__":
+    # Flags. Those of a run to resume are the defaults.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    resume, saved = parser.parse_known_args()[0].resume, {}
+    if resume is not None and os.path.exists(f"{resume}/config.json"):
+        saved = json.loads(Path(resume, "config.json").read_text())["flags"] | {"run_dir": None, "resume": None}
+    args = tyro.cli(Args, default=Args(**{f.name: saved[f.name] for f in fields(Args) if f.name in saved}))
+    changed = {f.name: getattr(args, f.name) for f in fields(args) if getattr(args, f.name) != f.default}
+    changes = ",".join(f"{name}-{value}" for name, value in changed.items() if name not in ("exp_name", "seed"))[:100]
+    run_name = f"{args.env_id}__{args.exp_name}__{changes}__{args.seed}__{time.time_ns() // 1000}"
+    run_dir = Path(args.resume or args.run_dir or "runs/" + re.sub(r"[^\w.-]+", "-", run_name))
+
+    # Device and seed.
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.cuda and device.type == "cpu":
+        print("--cuda: no CUDA device found, running on the CPU")
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what determinism asks of CUDA
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # to save time: nothing here reads it
     torch.manual_seed(args.seed)
+
+    # Environment, networks, replay buffer, and where they stood if the run is resumed.
     try:
         env = make_env(args, args.num_envs, device)
         agent, decomposer = make_networks(args, env)
         agent.to(device)
-        if checkpoint is None:
+        if args.resume is None:
             # These episodes are only played: to meet what is wrong with the environment or the horizon, and returns.
-            untrained = rollout(env, agent, np.random.SeedSequence((args.seed, 0, RANK)).generate_state(1).item())
+            untrained = rollout(env, agent, np.random.SeedSequence((args.seed, 0)).generate_state(1).item())
     except (ValueError, EnvFailure) as error:
-        run_folder.fail_flag(error)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     if args.reward_scale is None:
-        deviation = moments(untrained["team_reward"].sum(dim=1))[1].item()
+        deviation = untrained["team_reward"].sum(dim=1).double().std(correction=0).float().item()
         args.reward_scale = deviation if 1e-5 < deviation < 1e9 else 1.0
     agent_optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     parts = {"agent": agent, "agent_optimizer": agent_optimizer}
     if decomposer is not None:
         decomposer_optimizer = torch.optim.Adam(decomposer.to(device).parameters(), lr=args.decomposer_lr, fused=True)
         buffer = ReplayBuffer(args.buffer_size, device)
-        parts |= {"decomposer": decomposer, "decomposer_optimizer": decomposer_optimizer, "buffer": Gathered(buffer)}
-    iteration, global_step, wall_time, csv_position = run_folder.restore(checkpoint, parts)
+        parts |= {"decomposer": decomposer, "decomposer_optimizer": decomposer_optimizer, "buffer": buffer}
+    iteration, global_step, wall_time, rows = 0, 0, 0.0, []
+    if args.resume and (run_dir / "checkpoint.pt").exists():
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        iteration, global_step, wall_time = (checkpoint[name] for name in ("iteration", "global_step", "wall_time"))
+        rows = checkpoint["rows"]  # of metrics.csv
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint.pop(name))
 
-    run_dir = None  # process 0 keeps the run folder and the logs
-    if RANK == 0:
-        run_dir = run_folder.open_run_dir(args, run_name, config)
-        csv_file, csv_writer, writer, bar = run_folder.open_logs(args, run_dir, METRICS, global_step, csv_position)
-        for remark in env.remarks():
-            print(remark)
+    # The run folder and the logs.
+    if args.track:
+        import wandb
+
+        where = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
+        run_id = re.sub(r"[^\w-]", "-", run_dir.name)
+        wandb.init(**where, id=run_id, resume="allow", config=asdict(args), sync_tensorboard=True)
+    run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+    shutil.copy(__file__, run_dir)
+    git = "git describe --always --dirty --abbrev=40 --exclude=*"
+    git = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pettingzoo", "mpe2", "tyro")}
+    config = {"script": os.path.basename(__file__), "flags": asdict(args), "versions": versions, "git_commit": git}
+    (run_dir / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(run_dir / "config.tmp", run_dir / "config.json")
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+    flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}", global_step)
+    csv_writer = None
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     start_time = time.time() - wall_time
-    signals = run_folder.catch_signals()
+    print(*env.remarks(), sep="\n", end="")
+
+    # At Ctrl-C or SIGTERM an iteration ends and is saved; the second one ends at once.
+    stopped: list[int] = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda code, _: os._exit(128 + code) if stopped else stopped.append(128 + code))
 
     while global_step < args.total_timesteps:
         iteration += 1
         remaining = 1 - global_step / args.total_timesteps
         agent_optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         ent_coef = args.ent_coef * (remaining if args.anneal_ent else 1)
-        clock = [time.time()]
+        clock = time.time()
 
-        # 1. Roll out one whole episode per environment. All draws follow from the seed, the iteration's number and the
-        # process's, so that no generator needs to be saved.
-        learner_seed, env_seed = np.random.SeedSequence((args.seed, iteration, RANK)).generate_state(2).tolist()
+        # 1. Roll out one whole episode per environment. All draws follow from the seed and the iteration's number, so
+        # that no generator needs to be saved.
+        learner_seed, env_seed = np.random.SeedSequence((args.seed, iteration)).generate_state(2).tolist()
         torch.manual_seed(learner_seed)
         episodes = rollout(env, agent, env_seed)
-        valid, returns = episodes["valid"], episodes["team_reward"].sum(dim=1)  # (E, T), (E,)
-        sums = total(torch.stack((valid.double().sum(), returns.double().sum(), valid.new_ones(len(valid)).sum())))
-        steps, earned, played = sums.tolist()  # of all processes
-        global_step += int(steps)
+        valid, team_return = episodes["valid"], episodes["team_reward"].sum(dim=1)  # (E, T), (E,)
+        global_step += int(valid.sum())
         metrics = {
-            "charts/episodic_return": earned / played,
-            "charts/episodic_length": steps / played,
-            "charts/agent_return_sum": env.num_agents * earned / played,  # the paper's figure
+            "charts/episodic_return": team_return.double().mean().item(),
+            "charts/episodic_length": valid.sum(dim=1).double().mean().item(),
+            "charts/agent_return_sum": env.num_agents * team_return.double().mean().item(),  # the paper's figure
             "charts/learning_rate": agent_optimizer.param_groups[0]["lr"],
+            "time/rollout": time.time() - clock,
         }
-        clock.append(time.time())
+        clock = time.time()
 
         # 2. Store the episodes, with nothing of the reward but their returns; half precision is enough.
         if decomposer is not None:
             # How well does it predict fresh episodes, before it is trained on them? (To look must not change the run.)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 predicted = decompose(args, decomposer, episodes).sum(dim=(1, 2))
-            metrics["decomposer/explained_variance"] = explained_variance(predicted, returns)
+            metrics["decomposer/explained_variance"] = explained_variance(predicted, team_return)
             act = episodes["act"].half() if env.continuous else episodes["act"].short()
-            buffer.add(obs=episodes["obs"].half(), act=act, valid=valid, returns=returns)
+            buffer.add(obs=episodes["obs"].half(), act=act, valid=valid, team_return=team_return)
 
             # 3. Fit the decomposer to the returns of stored episodes.
             decomposer_optimizer.param_groups[0]["lr"] = args.decomposer_lr * (remaining if args.anneal_lr else 1)
             losses = []
             for _ in range(args.decomposer_updates):
                 batch = buffer.sample(args.decomposer_batch_size)
-                predicted = decomposer(batch["obs"], batch["act"], batch["valid"]).sum(dim=(1, 2))
-                loss = F.mse_loss(predicted, batch["returns"] / args.reward_scale)
-                decomposer_optimizer.zero_grad()
-                loss.backward()
-                average_gradients(decomposer, args.decomposer_batch_size)
-                decomposer_optimizer.step()
-                losses.append(loss.detach())
+                losses.append(update_decomposer(decomposer, decomposer_optimizer, batch, args.reward_scale))
             metrics["decomposer/loss"] = torch.stack(losses).mean().item() * args.reward_scale**2
 
         # 4. Decompose the fresh episodes' returns into credits; pay the leftover.
         credits = decompose(args, decomposer, episodes)  # (E, T, N)
-        rewards = args.own_share * credits + (1 - args.own_share) * credits.mean(dim=2, keepdim=True)
-        if decomposer is not None:
-            rewards = conserve(rewards, returns, valid, args.conserve)
-        clock.append(time.time())
+        rewards = conserve(credits, team_return, valid, args.conserve if decomposer is not None else "none")
+        metrics["time/decomposer"] = time.time() - clock
+        clock = time.time()
 
         # 5. Independent PPO on these rewards, over the S valid steps of all episodes.
-        if iteration * args.num_envs * WORLD_SIZE >= args.learning_starts:
-            values = episodes["value"]  # (E, T, N)
-            advantages, targets = compute_gae(rewards / args.reward_scale, values, valid, args.gamma, args.gae_lambda)
-            names = ("obs", "elapsed", "act", "logprob", "value")
-            b_obs, b_elapsed, b_act, b_logprob, b_values = (episodes[name][valid] for name in names)  # (S, ...)
-            b_advantages, b_targets = advantages[valid], targets[valid]  # (S, N)
-            clipfracs = []
-            num_minibatches = min(args.num_minibatches, len(b_obs) if WORLD_SIZE == 1 else args.num_envs)
+        metrics |= {f"losses/{name}": math.nan for name in (*LOSSES, "explained_variance")}
+        if iteration * args.num_envs >= args.learning_starts:
+            scaled = rewards / args.reward_scale
+            advantages, returns = compute_gae(scaled, episodes["value"], valid, args.gamma, args.gae_lambda)
+            steps = {name: episodes[name][valid] for name in ("obs", "elapsed", "act", "logprob", "value")}  # (S, ...)
+            steps |= {"advantage": advantages[valid], "return": returns[valid]}  # (S, N)
+            num_minibatches = min(args.num_minibatches, len(steps["obs"]))
+            losses = []
             for _ in range(args.update_epochs):
-                for mb in torch.randperm(len(b_obs), device=device).tensor_split(num_minibatches):  # as many in all
-                    _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb], b_elapsed[mb], b_act[mb])
-                    logratio = newlogprob - b_logprob[mb]
-                    ratio = logratio.exp()
-                    with torch.no_grad():
-                        old_approx_kl = (-logratio).mean()
-                        approx_kl = ((ratio - 1) - logratio).mean()
-                        clipfracs.append(((ratio - 1).abs() > args.clip_coef).float().mean())
-                    mb_advantages = b_advantages[mb]
-                    if args.norm_adv:
-                        mean, deviation = moments(mb_advantages)
-                        mb_advantages = (mb_advantages - mean) / (deviation + args.adv_eps)
-                    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                    pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped_ratio).mean()
-
-                    v_loss = (newvalue - b_targets[mb]).square()
-                    if args.clip_vloss:
-                        change = (newvalue - b_values[mb]).clamp(-args.clip_coef, args.clip_coef)
-                        v_loss = torch.max(v_loss, (b_values[mb] + change - b_targets[mb]).square())
-                    v_loss = 0.5 * v_loss.mean()
-                    loss = pg_loss - ent_coef * entropy.mean() + args.vf_coef * v_loss
-                    agent_optimizer.zero_grad()
-                    loss.backward()
-                    average_gradients(agent, len(mb))
-                    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    agent_optimizer.step()
-                if args.target_kl is not None and moments(approx_kl)[0] > args.target_kl:
+                for mb in torch.randperm(len(steps["obs"]), device=device).tensor_split(num_minibatches):
+                    minibatch = {name: values[mb] for name, values in steps.items()}
+                    losses.append(update_agent(args, agent, agent_optimizer, minibatch, ent_coef))
+                if args.target_kl is not None and losses[-1][LOSSES.index("approx_kl")] > args.target_kl:
                     break
-            metrics |= {
-                "losses/value_loss": v_loss.item() * args.reward_scale**2,
-                "losses/policy_loss": pg_loss.item(),
-                "losses/entropy": entropy.mean().item(),
-                "losses/old_approx_kl": old_approx_kl.item(),
-                "losses/approx_kl": approx_kl.item(),
-                "losses/clipfrac": torch.stack(clipfracs).mean().item(),
-                "losses/explained_variance": explained_variance(b_values, b_targets),
-            }
-        clock.append(time.time())
+            metrics |= {f"losses/{name}": value for name, value in zip(LOSSES, losses[-1].tolist())}
+            metrics["losses/value_loss"] *= args.reward_scale**2
+            metrics["losses/clipfrac"] = torch.stack([each[-1] for each in losses]).mean().item()
+            metrics["losses/explained_variance"] = explained_variance(steps["value"], steps["return"])
+        metrics["time/ppo"] = time.time() - clock
 
-        # Log; save now and then, but never what a loss that is not finite has done to the weights.
-        run_folder.check_finite({"decomposer/loss": decomposer, "PPO's loss": agent}, iteration, run_dir)
-        stopped = total(torch.tensor(len(signals), device=device)).item() > 0
-        saves = stopped or global_step >= args.total_timesteps or iteration % args.checkpoint_every == 0
-        if RANK == 0:
-            if decomposer is not None:
-                metrics |= measure_credits(args, partial(decompose, args, decomposer), episodes, credits)
-            wall_time = time.time() - start_time
-            metrics |= zip(("time/rollout", "time/decomposer", "time/ppo"), np.diff(clock))
-            metrics["charts/SPS"] = round(global_step / wall_time)
-            metrics = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}  # else none
-            csv_writer.writerow({"iteration": iteration, "global_step": global_step, "wall_time": wall_time} | metrics)
-            csv_file.flush()
-            for name, value in metrics.items():
+        # Neither log nor save what a loss that is not finite has done to the weights.
+        for name, part in (("PPO's loss", agent), ("decomposer/loss", decomposer)):
+            if part is not None and not all(weights.isfinite().all() for weights in part.parameters()):
+                sys.exit(f"error: {name} is not finite in iteration {iteration}; the last checkpoint is kept")
+
+        # How well do credits tell when? How much do they vary with the coalitions drawn (in 32 episodes)?
+        if decomposer is not None:
+            when = centred_correlation(credits.sum(dim=2), episodes["team_reward"], valid)
+            metrics["decomposer/reward_correlation"] = when
+            few = {name: values[:32] for name, values in episodes.items()}
+            draws = torch.stack([decompose(args, decomposer, few) for _ in range(4)])
+            metrics["decomposer/credit_std"] = draws.std(dim=0)[valid[:32]].mean().item()
+
+        # Log. metrics.csv has the columns of its first row; what does not apply is nan here, and an empty cell there.
+        wall_time = time.time() - start_time
+        metrics["charts/SPS"] = round(global_step / wall_time)
+        metrics = {name: value if math.isfinite(value) else "" for name, value in metrics.items()}
+        rows.append({"iteration": iteration, "global_step": global_step, "wall_time": wall_time} | metrics)
+        if csv_writer is None:
+            csv_file = open(run_dir / "metrics.csv", "w", newline="")
+            csv_writer = csv.DictWriter(csv_file, list(rows[-1]), extrasaction="ignore")
+            csv_writer.writeheader()
+            csv_writer.writerows(rows[:-1])  # if the run is resumed
+        csv_writer.writerow(rows[-1])
+        csv_file.flush()
+        for name, value in metrics.items():
+            if value != "":
                 writer.add_scalar(name, value, global_step)
-            run_folder.show_progress(bar, global_step, f"return {metrics['charts/episodic_return']:.2f}")
-            writer.flush()
-            csv_position = csv_file.tell()
-        if saves:
-            run_folder.save_checkpoint(run_dir, parts, (iteration, global_step, wall_time, csv_position))
-        if stopped:
-            total(torch.zeros(1, device=device))  # all wait until process 0 has saved
-            run_folder.stop(run_dir, signals, WORLD_SIZE)
+        bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.2f}", refresh=False)
+        bar.update(min(global_step, bar.total) - bar.n)
 
-    run_folder.release_signals()
-    if RANK == 0:
-        for output in (bar, csv_file, writer):
-            output.close()
-        print(evaluate_run(run_dir))
+        # Save.
+        if stopped or global_step >= args.total_timesteps or iteration % args.checkpoint_every == 0:
+            if bar.disable:  # as the output is no terminal
+                print(f"step {global_step:,}: return {metrics['charts/episodic_return']:.2f}", flush=True)
+            writer.flush()
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"iteration": iteration, "global_step": global_step, "wall_time": wall_time, "rows": rows}
+            torch.save(state, run_dir / "checkpoint.tmp")
+            os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+        if stopped:
+            print(f"stopped; to continue: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
+            sys.exit(stopped[0])
+
+    # Evaluate.
+    stopped.append(0)  # from here on the first signal ends at once
+    summary = evaluate(args, agent.cpu(), args.eval_episodes) | {"global_step": global_step, "wall_time": wall_time}
+    for name, value in summary.items():
+        writer.add_scalar(name, value, global_step)
+    writer.close()
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    scores = f"return {summary['eval/episodic_return']:.2f} (random team {summary['random/episodic_return']:.2f})"
+    print(f"{scores} on PettingZoo over {args.eval_episodes} episodes; to draw it: python evaluate.py {run_dir}")

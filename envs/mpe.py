@@ -391,17 +391,21 @@ def make(
     num_prey: int | None = None,
     num_obstacles: int | None = None,
     max_cycles: int | None = None,
+    nearest_first: bool = False,
 ) -> ParticleEnv:
     """A batched environment by name: "spread", "tag" or "push". Only tag has num_prey and num_obstacles.
 
     None means the default: agents see everything, by name, but for the 5 nearest agents and 6 nearest landmarks in
     spread with 15 agents, the paper's setting; prey and obstacles as `SimpleTag` says. `max_cycles` is the horizon
-    (25; 50 in push).
+    (25; 50 in push). With `nearest_first` agents see everything by distance in spread.
     Raises:
         ValueError: for an unknown scenario, or an option the scenario does not have or cannot take.
     """
     if scenario not in SCENARIOS:
         raise ValueError(f"scenario {scenario}: must be one of {', '.join(SCENARIOS)}")
+    if nearest_first and scenario == "spread" and num_agents != 15:
+        num_agent_neighbors = max(1, num_agents - 1) if num_agent_neighbors is None else num_agent_neighbors
+        num_landmark_neighbors = num_agents if num_landmark_neighbors is None else num_landmark_neighbors
     if (scenario, num_agents) == ("spread", 15):
         num_agent_neighbors = 5 if num_agent_neighbors is None else num_agent_neighbors
         num_landmark_neighbors = 6 if num_landmark_neighbors is None else num_landmark_neighbors
@@ -411,10 +415,11 @@ def make(
     options = {name: value for name, value in options.items() if value is not None}
     absent = {"spread": ("num_prey", "num_obstacles"), "push": ("num_prey", "num_obstacles", "num_landmark_neighbors")}
     for name, value in (sizes | options).items():
+        flag = "--" + name.replace("_", "-")
         if name in absent.get(scenario, ()):
-            raise ValueError(f"{name} {value}: must be left out with scenario {scenario}")
+            raise ValueError(f"{flag} {value}: must be left out with scenario {scenario}")
         if value < (name != "num_obstacles"):
-            raise ValueError(f"{name} {value}: must be at least {int(name != 'num_obstacles')}")
+            raise ValueError(f"{flag} {value}: must be at least {int(name != 'num_obstacles')}")
     options["horizon"] = options.pop("max_cycles", None)
     return SCENARIOS[scenario](num_envs, num_agents, device, dtype, continuous_actions, **options)
 

@@ -123,7 +123,7 @@ class ParticleParallelEnv(ParallelEnv):
         self.metadata, self.render_mode = env.metadata, env.render_mode
         self.possible_agents = env.possible_agents[: rules.num_agents]
         self.prey = env.possible_agents[rules.num_agents :]
-        self.agents = []
+        self.agents, self.horizon = [], rules.horizon
         self.event_names, self.legend = rules.event_names, rules.legend
 
     def observation_space(self, agent: str):
@@ -208,10 +208,12 @@ def make_pettingzoo(
     num_prey: int | None = None,
     num_obstacles: int | None = None,
     max_cycles: int | None = None,
+    nearest_first: bool = False,
     render_mode: str | None = None,
 ) -> ParticleParallelEnv:
     """The game of `make` with the same options on mpe2: a PettingZoo ParallelEnv of the learning agents only."""
-    options = (continuous_actions, num_agent_neighbors, num_landmark_neighbors, num_prey, num_obstacles, max_cycles)
+    options = (continuous_actions, num_agent_neighbors, num_landmark_neighbors)
+    options += (num_prey, num_obstacles, max_cycles, nearest_first)
     rules = make(scenario, 1, num_agents, "cpu", torch.float64, *options)  # which checks them, and knows the defaults
     flags = {"continuous_actions": continuous_actions, "render_mode": render_mode, "max_cycles": rules.horizon}
     flags |= {"num_agent_neighbors": rules.num_agent_neighbors}

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -31,7 +32,7 @@ def load(env_id: str, env_kwargs: dict | str, **more) -> ParallelEnv:
     """parallel_env(**env_kwargs) of a module, or what PettingZoo's registry has; the options also as a JSON object.
 
     `env_id` is the dotted name of a module, here or on PYTHONPATH, or an id such as sisl/pursuit-v5. ValueError
-    "env_id ...: must ..." or "env_kwargs ...: must ..." if that makes no ParallelEnv.
+    "--env-id ...: must ..." or "--env-kwargs ...: must ..." if that makes no ParallelEnv.
     """
     options = parse_options(env_kwargs) if isinstance(env_kwargs, str) else env_kwargs
     try:
@@ -41,27 +42,27 @@ def load(env_id: str, env_kwargs: dict | str, **more) -> ParallelEnv:
             build = getattr(importlib.import_module(env_id), "parallel_env", None)
     except Exception as error:  # whatever importing code that is not ours does
         raise ValueError(
-            f"env_id {env_id}: must be a module or an id that PettingZoo knows ({one_line(error)})"
+            f"--env-id {env_id}: must be a module or an id that PettingZoo knows ({one_line(error)})"
         ) from error
     if build is None:
-        raise ValueError(f"env_id {env_id}: must be a module with a function parallel_env")
+        raise ValueError(f"--env-id {env_id}: must be a module with a function parallel_env")
     try:
         env = build(**options, **more)
     except Exception as error:  # whatever the environment makes of them
         if isinstance(error.__cause__, ImportError):
-            raise ValueError(f"env_id {env_id}: must have its packages ({one_line(error.__cause__)})") from error
-        raise ValueError(f"env_kwargs {options}: must be options of {env_id} ({one_line(error, True)})") from error
+            raise ValueError(f"--env-id {env_id}: must have its packages ({one_line(error.__cause__)})") from error
+        raise ValueError(f"--env-kwargs {options}: must be options of {env_id} ({one_line(error, True)})") from error
     if not isinstance(env, ParallelEnv):
-        raise ValueError(f"env_id {env_id}: must make a ParallelEnv, not a {type(env).__name__}")
+        raise ValueError(f"--env-id {env_id}: must make a ParallelEnv, not a {type(env).__name__}")
     return env
 
 
 def parse_options(text: str) -> dict:
-    """The options of parallel_env in a JSON object; ValueError "env_kwargs ...: must be ..." if it is none."""
+    """The options of parallel_env in a JSON object; ValueError "--env-kwargs ...: must be ..." if it is none."""
     with contextlib.suppress(json.JSONDecodeError):
         if isinstance(options := json.loads(text), dict):
             return options
-    raise ValueError(f"env_kwargs {text}: must be a JSON object")
+    raise ValueError(f"--env-kwargs {text}: must be a JSON object")
 
 
 def one_line(error: BaseException, where: bool = False) -> str:
@@ -97,15 +98,15 @@ class UniformEnv(ParallelEnv):
             observed = [env.observation_space(agent) for agent in self.possible_agents]
             acted = [env.action_space(agent) for agent in self.possible_agents]
         except Exception as error:  # attributes that it lacks, among others
-            raise ValueError(f"env_id {env_id}: must have agents and spaces ({one_line(error, True)})") from error
+            raise ValueError(f"--env-id {env_id}: must have agents and spaces ({one_line(error, True)})") from error
         for agent, space in zip(self.possible_agents, observed):
             if not isinstance(space, Box | Discrete):
-                raise ValueError(f"env_id {env_id}: must have Box or Discrete observations; {agent} has {space}")
+                raise ValueError(f"--env-id {env_id}: must have Box or Discrete observations; {agent} has {space}")
         self.continuous = all(isinstance(space, Box) for space in acted)
         if not (self.continuous or all(isinstance(space, Discrete) for space in acted)):
-            raise ValueError(f"env_id {env_id}: must have actions that are Discrete for all agents, or Box for all")
+            raise ValueError(f"--env-id {env_id}: must have actions that are Discrete for all agents, or Box for all")
         if self.continuous and not all(space.is_bounded() and space.dtype.kind == "f" for space in acted):
-            raise ValueError(f"env_id {env_id}: must have Box actions of floats with bounds")
+            raise ValueError(f"--env-id {env_id}: must have Box actions of floats with bounds")
         self.obs_dim = max(map(flatdim, observed))
         sizes = [int(flatdim(space)) for space in acted]
         self.num_actions = max(sizes)
@@ -203,8 +204,8 @@ class UniformEnv(ParallelEnv):
 class Copies:
     """Some UniformEnvs, and what they show together; in a worker process or in this one."""
 
-    def __init__(self, env_id: str, env_kwargs: dict | str, horizon: int, count: int):
-        self.envs = [UniformEnv(load(env_id, env_kwargs), env_id, horizon) for _ in range(count)]
+    def __init__(self, make_one: Callable[[], ParallelEnv], count: int):
+        self.envs = [uniform(make_one()) for _ in range(count)]
 
     def reset(self, seeds: np.ndarray) -> tuple[np.ndarray]:
         """Observations (count, N, O), in a tuple."""
@@ -246,24 +247,21 @@ class PettingZooEnv:
     """Copies of a PettingZoo environment; see `envs/__init__.py` for the protocol.
 
     Args:
-        env_id, env_kwargs: as `load` takes them.
-        num_envs: E. horizon: steps of an episode, T; a limit of the environment's own must not come before it.
+        make_one: makes a copy, a UniformEnv, or any ParallelEnv that has a `horizon`. num_envs: E.
         num_workers: processes that the copies are shared out to (0: all in this one).
     The team reward is the mean of the agents' rewards.
     """
 
-    def __init__(
-        self, env_id: str, num_envs: int, horizon: int, env_kwargs: dict | str, device="cpu", num_workers: int = 0
-    ):
-        one = UniformEnv(load(env_id, env_kwargs), env_id, horizon)
+    def __init__(self, make_one: Callable[[], ParallelEnv], num_envs: int, device="cpu", num_workers: int = 0):
+        one = uniform(make_one())
         self.num_agents, self.obs_dim, self.num_actions = len(one.possible_agents), one.obs_dim, one.num_actions
-        self.continuous, self.horizon, self.num_envs = one.continuous, horizon, num_envs
+        self.continuous, self.horizon, self.num_envs = one.continuous, one.horizon, num_envs
         self.device, self.rewards_differ, self.rewarded = torch.device(device), False, False
         self.action_mask = torch.as_tensor(one.action_mask, device=self.device)
         one.close()
         self.seeds, self.t = np.random.default_rng(), 0
         self.parts = np.array_split(np.arange(num_envs), max(1, min(num_workers, num_envs)))  # which copies are where
-        settings = [(env_id, env_kwargs, horizon, len(part)) for part in self.parts]
+        settings = [(make_one, len(part)) for part in self.parts]
         self.pipes, self.copies = [], None
         if num_workers == 0:
             self.copies = Copies(*settings[0])
@@ -327,17 +325,20 @@ class PettingZooEnv:
         return [text for text, holds in remarks.items() if holds and self.t > 0]
 
 
+def uniform(env: ParallelEnv) -> UniformEnv:
+    return env if isinstance(env, UniformEnv) else UniformEnv(env, env.metadata["name"], env.horizon)
+
+
 def make(env_id: str, num_envs: int, horizon: int, device="cpu", num_workers: int = 0, **env_kwargs) -> PettingZooEnv:
     """A batched environment of copies of `env_id`.parallel_env(**env_kwargs)."""
-    return PettingZooEnv(env_id, num_envs, horizon, env_kwargs, device, num_workers)
+    return PettingZooEnv(partial(make_parallel_env, env_id, horizon, env_kwargs), num_envs, device, num_workers)
 
 
 def make_parallel_env(env_id: str, horizon: int, env_kwargs: dict | str, render_mode: str | None = None) -> UniformEnv:
-    """One copy, to be evaluated on; without pictures if the environment has none, which is told."""
-    try:
-        return UniformEnv(load(env_id, env_kwargs, render_mode=render_mode), env_id, horizon)
-    except ValueError:
-        one = UniformEnv(load(env_id, env_kwargs), env_id, horizon)
-        if render_mode is not None:
+    """One copy; without pictures if the environment has none, which is told."""
+    if render_mode is not None:
+        try:
+            return UniformEnv(load(env_id, env_kwargs, render_mode=render_mode), env_id, horizon)
+        except ValueError:
             print(f"no pictures: {env_id} takes no render_mode={render_mode!r}")
-        return one
+    return UniformEnv(load(env_id, env_kwargs), env_id, horizon)
