@@ -79,7 +79,7 @@ def play_episode(env, agent, seed: int, frames: list | None = None) -> dict[str,
     while env.agents:
         look()
         obs = torch.as_tensor(np.stack([next_obs[name] for name in names]), dtype=torch.float32)
-        act, *_ = agent.get_action_and_value(obs, torch.zeros(()))
+        act, *_ = agent.get_action_and_value(agent.get_inputs(obs, torch.zeros(())))
         next_obs, reward, _, _, _ = env.step(dict(zip(names, act.numpy())))
         team_reward = torch.tensor(float(np.mean([reward[name] for name in names])))
         oracles = {name: values[0].float() for name, values in env.oracles().items()} if hasattr(env, "oracles") else {}

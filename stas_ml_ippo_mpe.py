@@ -5,9 +5,9 @@ when an episode ends. One iteration of the training loop, which is at the end of
   1. roll out: every agent acts on its own observation, one whole episode in each of `num_envs` environments;
   2. store: the episodes go into a replay buffer, with nothing of the reward but their returns;
   3. fit the decomposer: attention over each agent's past, then over agents, where agent i sees itself and a random
-     coalition C of the others, on average over `mc_samples` of them. STAS-ML, the multi-layer form, stacks `num_layers`
-     blocks of the two; a linear head turns the joined outputs of all blocks into a credit. (A Shapley value averages
-     v(C + i) - v(C); STAS has the network guess that, and trains all credits to add up to R.)
+     coalition C of the others, on average over `mc_samples` of them; STAS-ML stacks `num_layers` such blocks, and a
+     linear head turns the outputs of all into a credit. (STAS has the network guess the v(C + i) - v(C) that a Shapley
+     value averages, and trains all credits to add up to R.)
   4. decompose: fresh episodes get credits, a dense reward for every agent at every step. They sum to the *predicted*
      return; the leftover is paid at the last step, in equal shares. (The paper drops it: `--conserve none`.)
   5. PPO: one actor and one critic serve all agents, told by a one-hot whom; each agent learns from its own credits.
@@ -17,19 +17,16 @@ action, D of an embedding; H heads, M coalitions, B any batch, S the valid steps
 """
 
 import argparse
-import copy
 import csv
 import importlib.metadata
 import json
 import math
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -48,8 +45,6 @@ from envs.pettingzoo import PettingZooEnv
 
 @dataclass
 class Args:
-    """Flags in four groups, which begin at [the run], [the environment], [PPO] (with CleanRL's names), [the method]."""
-
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # [the run] name of the experiment
     seed: int = 1  # learner, environment and evaluation draw from three seeds derived from this one
     torch_deterministic: bool = True  # use deterministic torch algorithms only
@@ -63,8 +58,7 @@ class Args:
     checkpoint_every: int = 20  # iterations between two checkpoints
     eval_episodes: int = 100  # episodes of the final evaluation on mpe2
 
-    scenario: Literal["spread", "tag", "push"] = "spread"
-    """[the environment] cooperative navigation, predator-prey (the predators learn), cooperative push"""
+    scenario: Literal["spread", "tag", "push"] = "spread"  # [the environment] navigation, predator-prey, pushing a ball
     num_agents: int = 3  # agents that learn, N
     continuous_actions: bool = False  # actions are the strengths of the five moves, from 0 to 1, instead of one of them
     num_agent_neighbors: int | None = None  # others an agent sees, nearest first (None: all; 5 in spread with 15)
@@ -94,17 +88,12 @@ class Args:
     critic: Literal["independent", "centralized"] = "independent"  # it sees its agent's observation, or all (MAPPO)
 
     credit: Literal["stas", "temporal", "uniform", "episodic", "dense", "shapley", "difference"] = "stas"
-    """[the method] what agents learn from. stas: learned credits; temporal: learned without attention over agents, in
-    equal shares. In equal shares too, uniform: R / length at every step; episodic: R at the last step (plain PPO); and
-    dense, an oracle: the true reward of every step. Oracles in spread: its exact Shapley values (shapley), and what it
-    would lose without the agent (difference)"""
-    conserve: Literal["none", "terminal", "uniform"] = "terminal"
-    """where the leftover, R - sum of learned credits, goes in equal shares: nowhere (none, the paper), to the last step
-    (terminal), or to all steps (uniform)"""
+    """[the method] stas (learned), temporal (no attention over agents), uniform (R / length), episodic (R at the end:
+    plain PPO); oracles: dense (the true reward of every step), in spread its exact shares shapley and difference"""
+    conserve: Literal["none", "terminal", "uniform"] = "terminal"  # where R - sum of credits is paid (none: the paper)
     mc_samples: int = 5  # coalitions drawn per agent, step and block, M
     coalition: Literal["bernoulli", "permutation", "exact", "all"] = "bernoulli"
-    """who is in a coalition. bernoulli: each other agent with probability 1/2 (the paper); permutation: those before it
-    in a random order (Shapley's weights); exact: all coalitions, with Shapley's weights; all: everyone, always"""
+    """coin flips (the paper), those before in a random order (Shapley's weights), all coalitions (same), or everyone"""
     embedding: Literal["mlp", "linear"] = "mlp"  # of the decomposer's inputs: two hidden layers of 2 D, or none (paper)
     outcome: bool = True  # the decomposer sees what an agent observes after a step too, not only before it (paper)
     emb_dim: int = 32  # width of the decomposer, D
@@ -114,17 +103,17 @@ class Args:
     decomposer_lr: float = 3e-3  # learning rate of the decomposer (Adam)
     decomposer_batch_size: int = 32  # episodes per decomposer update
     decomposer_updates: int = 32  # decomposer updates per iteration
+    fewer_updates: bool = True  # down to half of them, the more of fresh returns beyond 90% is explained
     buffer_size: int = 16_384  # episodes the replay buffer holds
     learning_starts: int = 0  # episodes collected before the policy learns from those of an iteration
-    reward_scale: float | None = None
-    """the decomposer's targets and PPO's rewards are divided by this; logs are in raw units (None: 10; 50 in push)"""
+    reward_scale: float | None = None  # divides returns and PPO's rewards; logs are in raw units (None: 10; 50 in push)
 
     def __post_init__(self):
         """Raises a ValueError, which tyro shows, for flags that make no sense."""
         may_be_zero = ("seed", "num_threads", "num_obstacles", "attention_window", "learning_starts")
         may_be_zero += ("gamma", "gae_lambda", "ent_coef", "vf_coef")
-        rules = {"seed": (self.seed < 2**32, "below 2**32")}
-        rules |= {name: (getattr(self, name) <= 1, "at most 1") for name in ("gamma", "gae_lambda")}
+        rules = {"seed": (self.seed < 2**32, "below 2**32"), "gamma": (self.gamma <= 1, "at most 1")}
+        rules["gae_lambda"] = self.gae_lambda <= 1, "at most 1"
         for name, value in vars(self).items():
             if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and name in may_be_zero):
                 rules[name] = False, "a number above 0" + " or 0" * (name in may_be_zero)
@@ -168,48 +157,18 @@ def sample_coalitions(kind: str, num_samples: int, batch: int, num_agents: int, 
         first = torch.rand(pairs, batch, num_agents, device=device) < 0.5
         masks = torch.cat((first, ~first))[:num_samples].unsqueeze(2) | self_mask
     elif kind == "permutation":
-        # Agents arrive at uniformly random times, and so in a random order: before i come those who arrive earlier.
-        arrival = torch.rand(pairs, batch, num_agents, device=device)
+        arrival = torch.rand(pairs, batch, num_agents, device=device)  # random times make a random order
         first = arrival.unsqueeze(-2) < arrival.unsqueeze(-1)
         masks = torch.cat((first, first.transpose(-2, -1)))[:num_samples] | self_mask
     elif kind == "exact":
-        masks = self_mask.repeat(2 ** (num_agents - 1), 1, 1, 1)
-        members = torch.arange(len(masks), device=device).unsqueeze(1) >> torch.arange(num_agents - 1, device=device)
-        masks[:, 0, ~self_mask] = (members & 1).bool().repeat(1, num_agents)  # row i: its N - 1 others, in order
-        # |C|! (N-|C|-1)! / N! = 1 / (N binomial(N-1, |C|)), Shapley's weights
-        weights = [1 / (num_agents * math.comb(num_agents - 1, int(m).bit_count())) for m in range(len(masks))]
-        return masks, torch.tensor(weights, device=device)
-    elif kind == "all":
+        agents, N = torch.arange(num_agents, device=device), num_agents
+        bit = agents - (agents > agents.unsqueeze(1)).long()  # (i, j): which bit of m says whether C_m of i has j
+        masks = (torch.arange(2 ** (N - 1), device=device).view(-1, 1, 1, 1) >> bit & 1).bool() | self_mask
+        size = masks[:, 0, 0].sum(dim=-1).double() - 1  # |C|, whose weight of Shapley is |C|! (N - |C| - 1)! / N!
+        return masks, (torch.lgamma(size + 1) + torch.lgamma(N - size) - math.lgamma(N + 1)).exp().float()
+    else:  # all
         masks = torch.ones(1, 1, num_agents, num_agents, dtype=torch.bool, device=device)
-    else:
-        raise ValueError(f"coalition {kind}: must be bernoulli, permutation, exact or all")
     return masks, torch.full((len(masks),), 1 / len(masks), device=device)
-
-
-class TemporalLayer(nn.Module):
-    """One transformer layer along time: step t attends to steps <= t of the same agent, the last `window` if not 0."""
-
-    def __init__(self, emb_dim: int, num_heads: int, window: int = 0):
-        super().__init__()
-        self.num_heads, self.window = num_heads, window
-        self.norm1, self.norm2 = nn.LayerNorm(emb_dim), nn.LayerNorm(emb_dim)
-        self.qkv = nn.Linear(emb_dim, 3 * emb_dim)
-        self.proj = nn.Linear(emb_dim, emb_dim)
-        self.mlp = nn.Sequential(nn.Linear(emb_dim, 2 * emb_dim), nn.ReLU(), nn.Linear(2 * emb_dim, emb_dim))
-        for weights in (*self.proj.parameters(), *self.mlp[2].parameters()):
-            nn.init.zeros_(weights)  # at first a step passes as it is: the past comes in where it pays
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)"""
-        B, T, D = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D / H) each
-        # Padding comes after the end of an episode, so causality alone keeps valid steps from seeing it.
-        age = torch.arange(T, device=x.device).unsqueeze(1) - torch.arange(T, device=x.device)  # (query, key)
-        seen = (0 <= age) & (age < (self.window or T))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        x = x + self.proj(attended.transpose(1, 2).reshape(B, T, D))
-        return x + self.mlp(self.norm2(x))
 
 
 class ShapleyAttention(nn.Module):
@@ -247,9 +206,8 @@ class ShapleyAttention(nn.Module):
 
 
 class MLDecomposer(nn.Module):
-    """Splits the team return into credits: blocks of a temporal layer and Shapley attention, with coalitions of its own,
-    each added to the input of the next by a gate that starts at zero; a linear head on the outputs of all. With credit
-    "temporal" there is no Shapley attention, and the agents share each step's credit equally."""
+    """Splits the team return into credits: blocks of a temporal layer and Shapley attention, whose outputs all go to a
+    linear head, and through gates that start at zero to the next block. Credit "temporal" has no Shapley attention."""
 
     def __init__(self, args, env):
         super().__init__()
@@ -262,44 +220,46 @@ class MLDecomposer(nn.Module):
         hidden = (nn.Linear(inputs, 2 * D), nn.ReLU(), nn.Linear(2 * D, 2 * D), nn.ReLU(), nn.Linear(2 * D, D))
         self.embedding = nn.Sequential(*hidden) if args.embedding == "mlp" else nn.Linear(inputs, D)
         self.position = nn.Parameter(torch.zeros(env.horizon, D))
-        layers = (TemporalLayer(D, args.num_heads, args.attention_window) for _ in range(args.num_layers))
+        age = torch.arange(env.horizon).unsqueeze(1) - torch.arange(env.horizon)  # (T, T), of what a step looks back on
+        unseen = (age < 0) | (age >= (args.attention_window or env.horizon))
+        self.register_buffer("unseen", unseen, persistent=False)
+        options = dict(dim_feedforward=2 * D, dropout=0.0, batch_first=True, norm_first=True)
+        layers = (nn.TransformerEncoderLayer(D, args.num_heads, **options) for _ in range(args.num_layers))
         self.temporal = nn.ModuleList(layers)
+        for layer in self.temporal:  # at first a step passes as it is: the past comes in where it pays
+            for weights in (*layer.self_attn.out_proj.parameters(), *layer.linear2.parameters()):
+                nn.init.zeros_(weights)
         self.norm = nn.ModuleList(nn.LayerNorm(D) for _ in range(args.num_layers))
-        shapley = (ShapleyAttention(D, args.num_heads, N) for _ in range(args.num_layers))
-        self.shapley = nn.ModuleList(shapley) if args.credit != "temporal" else None
+        blocks = args.num_layers if args.credit != "temporal" else 0
+        self.shapley = nn.ModuleList(ShapleyAttention(D, args.num_heads, N) for _ in range(blocks))
         self.gate = nn.Parameter(torch.zeros(args.num_layers - 1))
         self.head = nn.Linear(args.num_layers * D, 1)
         nn.init.zeros_(self.head.weight)  # credits start at zero
         nn.init.zeros_(self.head.bias)
 
-    def embed(self, obs: torch.Tensor, act: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Tokens (N, E, T, D), one agent after another in memory: what an agent sees and does, what it sees next (at
-        the end the same again), who it is, and the step."""
-        if self.outcome:
-            follows = F.pad(valid[:, 1:], (0, 1))[..., None, None]  # (E, T, 1, 1), whether the episode goes on
-            obs = torch.cat((obs, torch.where(follows, obs.roll(-1, dims=1), obs)), dim=-1)
-        if not self.continuous:
-            act = F.one_hot(act.long(), self.num_actions)
-        # A buffer may hold half precision and short integers. Scaled up, fine differences are learned much sooner.
-        inputs = (5 * obs.to(self.position), act.to(self.position), self.agent_id.expand(*obs.shape[:3], -1))
-        return self.embedding(torch.cat(inputs, dim=-1).permute(2, 0, 1, 3)) + self.position[: obs.shape[1]]
-
     def forward(self, obs: torch.Tensor, act: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """obs (E, T, N, O), act (E, T, N[, A]), valid (E, T) -> credits (E, T, N) / reward scale, 0 where not valid"""
         E, T, N, _ = obs.shape
-        x = self.embed(obs, act, valid).view(N, E * T, -1)
+        if self.outcome:  # a token tells what an agent sees next too, at the end of an episode the same again
+            follows = F.pad(valid[:, 1:], (0, 1))[..., None, None]  # (E, T, 1, 1), whether the episode goes on
+            obs = torch.cat((obs, torch.where(follows, obs.roll(-1, dims=1), obs)), dim=-1)
+        if not self.continuous:
+            act = act.unsqueeze(-1) == torch.arange(self.num_actions, device=act.device)  # one-hot
+        # A buffer may hold half precision and short integers. Scaled up, fine differences are learned much sooner.
+        inputs = (5 * obs.to(self.position), act.to(self.position), self.agent_id.expand(E, T, N, N))
+        x = self.embedding(torch.cat(inputs, dim=-1)) + self.position[:T].unsqueeze(1)  # (E, T, N, D)
+        x = x.transpose(1, 2).flatten(0, 1)  # (E N, T, D), one sequence per agent
         outputs = []
         for k, layer in enumerate(self.temporal):
-            if outputs and self.shapley is not None:  # added, so that a token still tells whose it is
-                x = x + self.gate[k - 1] * outputs[-1]
-            x = layer(x.view(N * E, T, -1)).view(N, E * T, -1)  # one sequence per agent
-            phi = self.norm[k](x)
-            if self.shapley is not None:
-                masks, weights = sample_coalitions(self.coalition, self.mc_samples, E * T, N, x.device)
-                phi = self.shapley[k](phi.transpose(0, 1), masks, weights).transpose(0, 1)
+            x = layer(x, self.unseen[:T, :T])  # padding comes last, so that no valid step sees it
+            phi = self.norm[k](x).unflatten(0, (E, N)).transpose(1, 2).flatten(0, 1)  # (E T, N, D)
+            if self.shapley:
+                phi = self.shapley[k](phi, *sample_coalitions(self.coalition, self.mc_samples, E * T, N, x.device))
+                if k < len(self.gate):  # added, so that a token still tells whose it is
+                    x = x + self.gate[k] * phi.unflatten(0, (E, T)).transpose(1, 2).flatten(0, 1)
             outputs.append(phi)
-        credits = self.head(torch.cat(outputs, dim=-1)).view(N, E, T).permute(1, 2, 0)  # (E, T, N)
-        if self.shapley is None:
+        credits = self.head(torch.cat(outputs, dim=-1)).view(E, T, N)
+        if not self.shapley:
             credits = credits.mean(dim=2, keepdim=True).expand(E, T, N)
         return self.scale * credits * valid.unsqueeze(-1)
 
@@ -311,9 +271,8 @@ def conserve(credits: torch.Tensor, team_return: torch.Tensor, valid: torch.Tens
         return credits
     length = valid.sum(dim=1, keepdim=True)  # (E, 1)
     last = torch.arange(valid.shape[1], device=valid.device) == length - 1  # (E, T)
-    share = last if where == "terminal" else valid / length
-    leftover = team_return - credits.sum(dim=(1, 2))
-    return credits + (leftover.unsqueeze(1) * share / credits.shape[2]).unsqueeze(-1)
+    leftover = (team_return - credits.sum(dim=(1, 2))).unsqueeze(1) * (last if where == "terminal" else valid / length)
+    return credits + leftover.unsqueeze(-1) / credits.shape[2]
 
 
 @torch.no_grad()
@@ -323,7 +282,7 @@ def decompose(args, decomposer: nn.Module | None, episodes: dict[str, torch.Tens
     if decomposer is not None:  # it sees nothing of the reward
         return args.reward_scale * decomposer(episodes["obs"], episodes["act"], valid)
     if args.credit in ("episodic", "uniform"):
-        return conserve(nothing, team_reward.sum(dim=1), valid, {"episodic": "terminal"}.get(args.credit, "uniform"))
+        return conserve(nothing, team_reward.sum(dim=1), valid, "terminal" if args.credit == "episodic" else "uniform")
     if args.credit == "dense":
         return nothing + team_reward.unsqueeze(-1) / nothing.shape[2]
     return episodes[args.credit]  # an oracle of the environment
@@ -354,19 +313,25 @@ class ReplayBuffer:
         return {"count": self.count, "data": {name: rows[: self.count].clone() for name, rows in self.data.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        self.count = 0
-        self.add(**state["data"])
-        self.count = state["count"]
+        full = len(next(iter(state["data"].values()))) == self.capacity  # then every row finds its place again
+        self.count = state["count"] - self.capacity if full else 0
+        self.add(**{name: rows.roll(-state["count"], dims=0) for name, rows in state["data"].items()})  # oldest first
 
 
-def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
-    """Two hidden layers of 64, tanh, orthogonal weights."""
-    layers: list[nn.Module] = []
-    for width_in, width_out, gain in ((inputs, 64, math.sqrt(2)), (64, 64, math.sqrt(2)), (64, outputs, std)):
-        layers += [nn.Linear(width_in, width_out), nn.Tanh()]
-        nn.init.orthogonal_(layers[-2].weight, gain)
-        nn.init.zeros_(layers[-2].bias)
-    return nn.Sequential(*layers[:-1])
+class MLP(nn.Module):
+    """Two hidden layers of 64 with orthogonal weights and tanh, as 2 sigmoid(2 x) - 1, which is faster on CPUs."""
+
+    def __init__(self, inputs: int, outputs: int, std: float):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, outputs)])
+        for layer, gain in zip(self.layers, (math.sqrt(2), math.sqrt(2), std)):
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            x = 2 * torch.sigmoid(2 * layer(x)) - 1
+        return self.layers[-1](x)
 
 
 class ActorCritic(nn.Module):
@@ -375,39 +340,39 @@ class ActorCritic(nn.Module):
 
     def __init__(self, args, env):
         super().__init__()
+        seen, N, outputs = env.obs_dim, env.num_agents, 2 * env.num_actions if env.continuous else env.num_actions
+        self.register_buffer("agent_id", torch.eye(N), persistent=False)
         self.centralized = args.critic == "centralized"
-        self.register_buffer("agent_id", torch.eye(env.num_agents), persistent=False)
-        outputs = 2 * env.num_actions if env.continuous else env.num_actions
-        self.actor = mlp(env.obs_dim + env.num_agents, outputs, std=0.01)
-        seen = env.obs_dim * (env.num_agents if self.centralized else 1)
-        self.critic = mlp(seen + env.num_agents + 1, 1, std=1.0)
+        self.actor_sees, self.critic_sees = slice(0, seen + N), slice(seen if self.centralized else 0, None)
+        self.actor = MLP(seen + N, outputs, std=0.01)
+        self.critic = MLP((seen * N if self.centralized else seen) + N + 1, 1, std=1.0)
 
-    def get_value(self, obs: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
-        """obs (..., N, O), elapsed (...), the share of the horizon that is over -> (..., N)"""
+    def get_inputs(self, obs: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
+        """obs (..., N, O), elapsed (...), part of the horizon that is over -> what the networks see (..., N, I)"""
         shape = obs.shape[:-1]
-        seen = obs.flatten(-2).unsqueeze(-2).expand(*shape, -1) if self.centralized else obs
-        inputs = (seen, self.agent_id.expand(*shape, -1), elapsed[..., None, None].expand(*shape, -1))
-        return self.critic(torch.cat(inputs, dim=-1)).squeeze(-1)
+        inputs = (obs, self.agent_id.expand(*shape, -1), elapsed[..., None, None].expand(*shape, -1))
+        everyone = (obs.flatten(-2).unsqueeze(-2).expand(*shape, -1),) if self.centralized else ()
+        return torch.cat(inputs + everyone, dim=-1)
 
-    def get_action_and_value(self, obs: torch.Tensor, elapsed: torch.Tensor, action: torch.Tensor | None = None):
-        """obs (..., N, O), elapsed (...) -> action (drawn if None), logprob, the policy's entropy, value: (..., N)"""
-        logits = self.actor(torch.cat((obs, self.agent_id.expand(*obs.shape[:-1], -1)), dim=-1))
-        policy = Categorical(logits=logits, validate_args=False)
+    def get_action_and_value(self, inputs: torch.Tensor, action: torch.Tensor | None = None):
+        """inputs (..., N, I) -> action (drawn if None), logprob, the policy's entropy, value: (..., N)"""
+        policy = Categorical(logits=self.actor(inputs[..., self.actor_sees]), validate_args=False)
         if action is None:
             action = policy.sample()
-        return action, policy.log_prob(action), policy.entropy(), self.get_value(obs, elapsed)
+        entropy = -(policy.logits.exp() * policy.logits.clamp(min=-1e9)).sum(dim=-1)  # its own takes a slow softmax
+        return action, policy.log_prob(action), entropy, self.critic(inputs[..., self.critic_sees]).squeeze(-1)
 
 
 class ContinuousActorCritic(ActorCritic):
     """Actions in [0, 1]^A, drawn from Beta distributions with parameters above 1, which have a single mode."""
 
-    def get_action_and_value(self, obs: torch.Tensor, elapsed: torch.Tensor, action: torch.Tensor | None = None):
-        logits = self.actor(torch.cat((obs, self.agent_id.expand(*obs.shape[:-1], -1)), dim=-1))
+    def get_action_and_value(self, inputs: torch.Tensor, action: torch.Tensor | None = None):
+        logits = self.actor(inputs[..., self.actor_sees])
         alpha, beta = (1 + F.softplus(logits).clamp(max=1000)).chunk(2, dim=-1)  # beyond it, float32 is too coarse
         policy = Independent(Beta(alpha, beta, validate_args=False), 1, validate_args=False)
         if action is None:
             action = policy.sample().clamp(1e-4, 1 - 1e-4)  # where log-probabilities are finite
-        return action, policy.log_prob(action), policy.entropy(), self.get_value(obs, elapsed)
+        return action, policy.log_prob(action), policy.entropy(), self.critic(inputs[..., self.critic_sees]).squeeze(-1)
 
 
 def make_networks(args, env) -> tuple[nn.Module, nn.Module | None]:
@@ -418,17 +383,14 @@ def make_networks(args, env) -> tuple[nn.Module, nn.Module | None]:
 
 @torch.no_grad()
 def rollout(env, agent: nn.Module, seed: int | None = None) -> dict[str, torch.Tensor]:
-    """Play one whole episode in every environment: obs (E, T, N, O), elapsed (E, T), act (E, T, N) or (E, T, N, A),
-    logprob and value (E, T, N), team_reward (0 where not valid) and valid (E, T), and what the environment's `oracles`
-    tell after every step, (E, T, N) each."""
-    next_obs, steps = env.reset(seed), []
+    """One whole episode in every environment: obs (E, T, N, O), inputs (E, T, N, I), act (E, T, N) or (E, T, N, A),
+    logprob and value (E, T, N), team_reward (0 where not valid) and valid (E, T), and what `env.oracles()` tells."""
+    obs, steps = env.reset(seed), []
     for t in range(env.horizon):
-        obs, valid = next_obs, ~env.terminated
-        elapsed = torch.full((env.num_envs,), t / env.horizon, device=obs.device)
-        act, logprob, _, value = agent.get_action_and_value(obs, elapsed)
-        next_obs, team_reward, _ = env.step(act)
-        step = dict(obs=obs, elapsed=elapsed, act=act, logprob=logprob, value=value, valid=valid)
-        step["team_reward"] = team_reward
+        inputs = agent.get_inputs(obs, torch.full((env.num_envs,), t / env.horizon, device=obs.device))
+        act, logprob, _, value = agent.get_action_and_value(inputs)
+        step = dict(obs=obs, inputs=inputs, act=act, logprob=logprob, value=value, valid=~env.terminated)
+        obs, step["team_reward"], _ = env.step(act)
         steps.append(step | (env.oracles() if hasattr(env, "oracles") else {}))
     return {name: torch.stack([step[name] for step in steps], dim=1) for name in steps[0]}
 
@@ -447,45 +409,70 @@ def compute_gae(rewards, values, valid, gamma: float, gae_lambda: float) -> tupl
     return advantages, advantages + values
 
 
-def update_decomposer(decomposer, optimizer, batch: dict[str, torch.Tensor], reward_scale: float) -> torch.Tensor:
+def update_decomposer(args, decomposer, optimizer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """One gradient step towards credits that add up to the return, on stored episodes: obs (B, T, N, O), act (B, T, N)
     or (B, T, N, A), valid (B, T), team_return (B,). Returns the loss."""
     predicted = decomposer(batch["obs"], batch["act"], batch["valid"]).sum(dim=(1, 2))
-    loss = F.mse_loss(predicted, batch["team_return"] / reward_scale)
+    loss = F.mse_loss(predicted, batch["team_return"] / args.reward_scale)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss.detach()
 
 
-LOSSES = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")  # of update_agent
-
-
-def update_agent(args, agent, optimizer, batch: dict[str, torch.Tensor], ent_coef: float) -> torch.Tensor:
-    """One gradient step of PPO (arXiv 1707.06347) on steps of episodes: obs (B, N, O), elapsed (B,), act (B, N) or
-    (B, N, A), logprob, value, advantage and return (B, N). Returns the numbers that LOSSES names, (6,)."""
-    _, logprob, entropy, value = agent.get_action_and_value(batch["obs"], batch["elapsed"], batch["act"])
+def update_agent(args, agent, optimizer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One gradient step of PPO (arXiv 1707.06347) on B steps of episodes: inputs (B, N, I), act (B, N) or (B, N, A),
+    logprob, value, advantage and return (B, N), weight (B, 1), which is 0 for steps that do not count, ent_coef ()."""
+    _, logprob, entropy, value = agent.get_action_and_value(batch["inputs"], batch["act"])
+    weight = (batch["weight"] / batch["weight"].sum() / logprob.shape[1]).expand_as(logprob)  # these sum to 1
     logratio = logprob - batch["logprob"]
     ratio = logratio.exp()
     advantage = batch["advantage"]
     if args.norm_adv:
-        advantage = advantage - advantage.mean()
-        advantage = advantage / (advantage.std(correction=0) + args.adv_eps)
+        advantage = advantage - (weight * advantage).sum()
+        advantage = advantage / ((weight * advantage.square()).sum().sqrt() + args.adv_eps)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    pg_loss = torch.max(-advantage * ratio, -advantage * clipped_ratio).mean()
-    v_loss = (value - batch["return"]).square()
+    policy_loss = (weight * torch.max(-advantage * ratio, -advantage * clipped_ratio)).sum()
+    error = (value - batch["return"]).square()
     if args.clip_vloss:
         change = (value - batch["value"]).clamp(-args.clip_coef, args.clip_coef)
-        v_loss = torch.max(v_loss, (batch["value"] + change - batch["return"]).square())
-    v_loss = 0.5 * v_loss.mean()
-    loss = pg_loss - ent_coef * entropy.mean() + args.vf_coef * v_loss
+        error = torch.max(error, (batch["value"] + change - batch["return"]).square())
+    value_loss, entropy = 0.5 * (weight * error).sum(), (weight * entropy).sum()
+    loss = policy_loss - batch["ent_coef"] * entropy + args.vf_coef * value_loss
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
-    old_approx_kl, approx_kl = (-logratio).mean(), ((ratio - 1) - logratio).mean()
-    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-    return torch.stack((v_loss, pg_loss, entropy.mean(), old_approx_kl, approx_kl, clipfrac)).detach()
+    losses = {"value_loss": value_loss, "policy_loss": policy_loss, "entropy": entropy}
+    losses |= {"old_approx_kl": -(weight * logratio).sum(), "approx_kl": (weight * ((ratio - 1) - logratio)).sum()}
+    losses |= {"clipfrac": (weight * ((ratio - 1).abs() > args.clip_coef)).sum()}
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+class CudaGraph:
+    """An update that a GPU replays without Python, from its fourth call on. Tensors of other shapes are passed on."""
+
+    def __init__(self, update):
+        self.update, self.calls, self.batch, self.graph = update, 0, {}, torch.cuda.CUDAGraph()
+
+    def __call__(self, args, network, optimizer, batch: dict[str, torch.Tensor]):
+        self.batch = self.batch or {name: values.clone() for name, values in batch.items()}
+        if any(values.shape != self.batch[name].shape for name, values in batch.items()):
+            return self.update(args, network, optimizer, batch)
+        for name, values in batch.items():
+            self.batch[name].copy_(values)
+        self.calls += 1
+        if self.calls < 4:  # to warm up, on another stream
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
+                self.result = self.update(args, network, optimizer, self.batch)
+            torch.cuda.synchronize()
+            return self.result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph):
+                self.result = self.update(args, network, optimizer, self.batch)
+        self.graph.replay()
+        return self.result
 
 
 def explained_variance(predicted: torch.Tensor, true: torch.Tensor) -> float:
@@ -504,19 +491,21 @@ def centred_correlation(x: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -
 def evaluate(args, agent: nn.Module, num_episodes: int) -> dict[str, float]:
     """Team returns of whole episodes on PettingZoo: eval/... of the agents, random/... of uniformly random actions."""
     env = PettingZooEnv(lambda: make_parallel_env(args), num_episodes)
-    at_random = copy.deepcopy(agent)
-    nn.init.zeros_(at_random.actor[-1].weight)  # all logits are the same, and the parameters of Beta are 1
-    nn.init.constant_(at_random.actor[-1].bias, -1e3)
+    at_random, _ = make_networks(args, env)
+    nn.init.zeros_(at_random.actor.layers[-1].weight)  # all logits are the same, and the parameters of Beta are 1
+    nn.init.constant_(at_random.actor.layers[-1].bias, -1e3)
     seed = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0])  # no iteration has number 0
     torch.manual_seed(seed)
     summary: dict[str, float] = {}
     for who, player in (("eval", agent), ("random", at_random)):
         episodes = rollout(env, player, seed)
         returns, lengths = episodes["team_reward"].sum(dim=1), episodes["valid"].sum(dim=1).float()
-        summary |= {f"{who}/episodic_return": returns.mean(), f"{who}/episodic_return_std": returns.std(correction=0)}
-        summary |= {f"{who}/episodic_length": lengths.mean(), f"{who}/terminated": env.terminated.float().mean()}
-        summary[f"{who}/episodes"] = num_episodes
-    return {name: float(value) for name, value in summary.items()}
+        figures = {"episodic_return": returns.mean(), "episodic_return_std": returns.std(correction=0)}
+        figures |= {"episodic_length": lengths.mean(), "terminated": env.terminated.float().mean()}
+        summary |= {f"{who}/{name}": value.item() for name, value in figures.items()} | {
+            f"{who}/episodes": num_episodes
+        }
+    return summary
 
 
 if __name__ == "__main__":
@@ -546,15 +535,18 @@ if __name__ == "__main__":
     # Environment, networks, replay buffer, and where they stood if the run is resumed.
     env = make_env(args, args.num_envs, device)
     agent, decomposer = make_networks(args, env)
-    agent_optimizer = torch.optim.Adam(agent.to(device).parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    adam = {"lr": torch.tensor(0.0, device=device), "fused": True, "capturable": True}
+    agent_optimizer = torch.optim.Adam(agent.to(device).parameters(), eps=1e-5, **adam)
     parts = {"agent": agent, "agent_optimizer": agent_optimizer}
     if decomposer is not None:
-        decomposer_optimizer = torch.optim.Adam(decomposer.to(device).parameters(), lr=args.decomposer_lr, fused=True)
+        decomposer_optimizer = torch.optim.Adam(decomposer.to(device).parameters(), **adam | {"lr": adam["lr"].clone()})
         buffer = ReplayBuffer(args.buffer_size, device)
         parts |= {"decomposer": decomposer, "decomposer_optimizer": decomposer_optimizer, "buffer": buffer}
+    if device.type == "cuda":
+        update_agent, update_decomposer = CudaGraph(update_agent), CudaGraph(update_decomposer)
     iteration, global_step, wall_time, rows = 0, 0, 0.0, []
     if args.resume and (run_dir / "checkpoint.pt").exists():
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
         iteration, global_step, wall_time = (checkpoint[name] for name in ("iteration", "global_step", "wall_time"))
         rows = checkpoint["rows"]  # of metrics.csv
         for name, part in parts.items():
@@ -564,23 +556,18 @@ if __name__ == "__main__":
     if args.track:
         import wandb
 
-        where = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
-        run_id = re.sub(r"[^\w-]", "-", run_dir.name)
-        wandb.init(**where, id=run_id, resume="allow", config=asdict(args), sync_tensorboard=True)
+        names = dict(name=run_dir.name, id=re.sub(r"[^\w-]", "-", run_dir.name), project=args.wandb_project_name)
+        wandb.init(**names, entity=args.wandb_entity, resume="allow", config=vars(args), sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
-    shutil.copy(__file__, run_dir)
-    git = "git describe --always --dirty --abbrev=40 --exclude=*"
-    git = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    (run_dir / os.path.basename(__file__)).write_text(Path(__file__).read_text())
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pettingzoo", "mpe2", "tyro")}
-    config = {"script": os.path.basename(__file__), "flags": asdict(args), "versions": versions, "git_commit": git}
-    (run_dir / "config.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    config = {"script": os.path.basename(__file__), "git_commit": os.popen(git).read().strip(), "versions": versions}
+    (run_dir / "config.tmp").write_text(json.dumps(config | {"flags": vars(args)}, indent=2) + "\n")
     os.replace(run_dir / "config.tmp", run_dir / "config.json")
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
-    flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}", global_step)
-    csv_writer = None
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
-    start_time = time.time() - wall_time
+    csv_writer, start_time = None, time.time() - wall_time
 
     # At Ctrl-C or SIGTERM an iteration ends and is saved; the second one ends at once.
     stopped: list[int] = []
@@ -590,12 +577,11 @@ if __name__ == "__main__":
     while global_step < args.total_timesteps:
         iteration += 1
         remaining = 1 - global_step / args.total_timesteps
-        agent_optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-        ent_coef = args.ent_coef * (remaining if args.anneal_ent else 1)
+        agent_optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (remaining if args.anneal_lr else 1))
+        ent_coef = torch.tensor(args.ent_coef * (remaining if args.anneal_ent else 1), device=device)
         clock = time.time()
 
-        # 1. Roll out one whole episode per environment. All draws follow from the seed and the iteration's number, so
-        # that no generator needs to be saved.
+        # 1. Roll out one episode per environment. All draws follow from seed and iteration: no generator is saved.
         learner_seed, env_seed = np.random.SeedSequence((args.seed, iteration)).generate_state(2).tolist()
         torch.manual_seed(learner_seed)
         episodes = rollout(env, agent, env_seed)
@@ -605,26 +591,26 @@ if __name__ == "__main__":
             "charts/episodic_return": team_return.mean().item(),
             "charts/episodic_length": valid.sum(dim=1).float().mean().item(),
             "charts/agent_return_sum": env.num_agents * team_return.mean().item(),  # the paper's figure
-            "charts/learning_rate": agent_optimizer.param_groups[0]["lr"],
+            "charts/learning_rate": agent_optimizer.param_groups[0]["lr"].item(),
             "time/rollout": time.time() - clock,
         }
         clock = time.time()
 
         # 2. Store the episodes, with nothing of the reward but their returns; half precision is enough.
         if decomposer is not None:
-            # How well does it predict fresh episodes, before it is trained on them? (To look must not change the run.)
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                predicted = decompose(args, decomposer, episodes).sum(dim=(1, 2))
+            predicted = decompose(args, decomposer, episodes).sum(dim=(1, 2))  # before it is trained on these episodes
             metrics["decomposer/explained_variance"] = explained_variance(predicted, team_return)
             act = episodes["act"].half() if env.continuous else episodes["act"].short()
             buffer.add(obs=episodes["obs"].half(), act=act, valid=valid, team_return=team_return)
 
             # 3. Fit the decomposer to the returns of stored episodes.
-            decomposer_optimizer.param_groups[0]["lr"] = args.decomposer_lr * (remaining if args.anneal_lr else 1)
+            decomposer_optimizer.param_groups[0]["lr"].fill_(args.decomposer_lr * (remaining if args.anneal_lr else 1))
+            unexplained = 1 - metrics["decomposer/explained_variance"]
+            share = np.clip(unexplained / 0.1, 0.5, 1) if args.fewer_updates and unexplained < 1 else 1
             losses = []
-            for _ in range(args.decomposer_updates):
+            for _ in range(math.ceil(share * args.decomposer_updates)):
                 batch = buffer.sample(args.decomposer_batch_size)
-                losses.append(update_decomposer(decomposer, decomposer_optimizer, batch, args.reward_scale))
+                losses.append(update_decomposer(args, decomposer, decomposer_optimizer, batch).clone())
             metrics["decomposer/loss"] = torch.stack(losses).mean().item() * args.reward_scale**2
 
         # 4. Decompose the fresh episodes' returns into credits; pay the leftover.
@@ -634,29 +620,32 @@ if __name__ == "__main__":
         clock = time.time()
 
         # 5. Independent PPO on these rewards, over the S valid steps of all episodes.
-        metrics |= {f"losses/{name}": math.nan for name in (*LOSSES, "explained_variance")}
         if iteration * args.num_envs >= args.learning_starts:
             scaled = rewards / args.reward_scale
             advantages, returns = compute_gae(scaled, episodes["value"], valid, args.gamma, args.gae_lambda)
-            steps = {name: episodes[name][valid] for name in ("obs", "elapsed", "act", "logprob", "value")}  # (S, ...)
-            steps |= {"advantage": advantages[valid], "return": returns[valid]}  # (S, N)
-            losses = []
+            used = valid if device.type == "cpu" else torch.ones_like(valid)  # a CUDA graph's shapes stay the same
+            steps = {name: episodes[name][used] for name in ("inputs", "act", "logprob", "value")}  # (S, ...)
+            steps |= {
+                "advantage": advantages[used],
+                "return": returns[used],
+                "weight": valid[used].unsqueeze(1).float(),
+            }
             for _ in range(args.update_epochs):
-                for mb in torch.randperm(len(steps["obs"]), device=device).chunk(args.num_minibatches):
-                    minibatch = {name: values[mb] for name, values in steps.items()}
-                    losses.append(update_agent(args, agent, agent_optimizer, minibatch, ent_coef))
-                if args.target_kl is not None and losses[-1][LOSSES.index("approx_kl")] > args.target_kl:
+                order = torch.randperm(len(steps["act"]), device=device)
+                shuffled = {name: values[order].chunk(args.num_minibatches) for name, values in steps.items()}
+                for k in range(len(shuffled["act"])):
+                    batch = {name: values[k] for name, values in shuffled.items()} | {"ent_coef": ent_coef}
+                    losses = update_agent(args, agent, agent_optimizer, batch)
+                if args.target_kl is not None and losses["approx_kl"] > args.target_kl:
                     break
-            metrics |= {f"losses/{name}": value for name, value in zip(LOSSES, losses[-1].tolist())}
+            metrics |= {f"losses/{name}": loss.item() for name, loss in losses.items()}  # of the last minibatch
             metrics["losses/value_loss"] *= args.reward_scale**2
-            metrics["losses/clipfrac"] = torch.stack([each[-1] for each in losses]).mean().item()
-            metrics["losses/explained_variance"] = explained_variance(steps["value"], steps["return"])
+            metrics["losses/explained_variance"] = explained_variance(episodes["value"][valid], returns[valid])
         metrics["time/ppo"] = time.time() - clock
 
         # Neither log nor save what a loss that is not finite has done to the weights.
-        for name, part in (("PPO's loss", agent), ("decomposer/loss", decomposer)):
-            if part is not None and not all(weights.isfinite().all() for weights in part.parameters()):
-                sys.exit(f"error: {name} is not finite in iteration {iteration}; the last checkpoint is kept")
+        if not all(weights.isfinite().all() for part in (agent, decomposer or agent) for weights in part.parameters()):
+            sys.exit(f"error: a loss is not finite in iteration {iteration}; the last checkpoint is kept")
 
         # How well do credits tell when and who? How much do they vary with the coalitions drawn (in 32 episodes)?
         if decomposer is not None:
@@ -669,16 +658,16 @@ if __name__ == "__main__":
                 by_step = [values.flatten(0, 1) for values in (credits, episodes["shapley"], by_agent)]  # (E T, N)
                 metrics["decomposer/shapley_correlation"] = centred_correlation(*by_step)
 
-        # Log. metrics.csv has the columns of its first row; what does not apply is nan here, and an empty cell there.
+        # Log. What does not apply, or is nan, is an empty cell of metrics.csv.
         wall_time = time.time() - start_time
         metrics["charts/SPS"] = round(global_step / wall_time)
         metrics = {name: value if math.isfinite(value) else "" for name, value in metrics.items()}
         rows.append({"iteration": iteration, "global_step": global_step, "wall_time": wall_time} | metrics)
-        if csv_writer is None:
+        if csv_writer is None or len(rows[-1]) > len(csv_writer.fieldnames):  # at first, and for new columns
             csv_file = open(run_dir / "metrics.csv", "w", newline="")
-            csv_writer = csv.DictWriter(csv_file, list(rows[-1]), extrasaction="ignore")
+            csv_writer = csv.DictWriter(csv_file, list(dict.fromkeys(name for row in rows for name in row)))
             csv_writer.writeheader()
-            csv_writer.writerows(rows[:-1])  # if the run is resumed
+            csv_writer.writerows(rows[:-1])
         csv_writer.writerow(rows[-1])
         csv_file.flush()
         for name, value in metrics.items():
