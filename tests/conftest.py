@@ -19,11 +19,13 @@ ALICEBOB, MPE, ML, PETTINGZOO = SCRIPTS = (
     "stas_ml_ippo_mpe.py",
     "stas_ippo_pettingzoo.py",
 )
+TORCHRUN = "stas_ippo_pettingzoo_torchrun.py"  # the fifth; by itself it is a run of one process
 # A whole run of three small iterations of 200 steps, about a second long.
 COMMON = "--total-timesteps 600 --emb-dim 8 --num-heads 2 --num-layers 1 --decomposer-batch-size 8"
 COMMON += " --decomposer-updates 2 --update-epochs 2 --num-minibatches 4 --buffer-size 12 --eval-episodes 2"
 TINY = {ALICEBOB: f"{COMMON} --num-threads 1 --num-envs 5", MPE: f"{COMMON} --num-threads 1 --num-envs 8"}
 TINY[PETTINGZOO] = TINY[MPE]
+TINY[TORCHRUN] = TINY[PETTINGZOO]
 TINY[ML] = TINY[MPE].replace("--num-layers 1", "--num-layers 2")
 
 TIMES = ("wall_time", "time/", "charts/SPS")
@@ -55,13 +57,15 @@ def run_script(monkeypatch, capsys, tmp_path, request):
         script = script or request.getfixturevalue("script")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *flags.split()])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # as it was, after the test
         threads, handlers = torch.get_num_threads(), [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
             code = 0
         except SystemExit as exit:
-            code = exit.code if isinstance(exit.code, int) else 1
+            code = exit.code
+            if isinstance(code, str):  # sys.exit("message")
+                print(code, file=sys.stderr)
+                code = 1
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(False)
@@ -74,16 +78,10 @@ def run_script(monkeypatch, capsys, tmp_path, request):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Runs draw nothing, to save time where nobody looks at the pictures."""
+    """evaluate.py draws dots, to save time where nobody looks at the pictures."""
     dot = np.zeros((9, 9, 3), np.uint8)
     for draw in ("envs.alice_bob.draw", "envs.mpe_pettingzoo.draw"):
         monkeypatch.setattr(draw, lambda *state: dot)
     monkeypatch.setattr("envs.pettingzoo.UniformEnv.render", lambda env: dot)
     savefig = "matplotlib.figure.Figure.savefig"
     monkeypatch.setattr(savefig, lambda figure, path, **options: Image.fromarray(dot).save(path, format="png"))
-
-
-@pytest.fixture
-def no_evaluation(monkeypatch):
-    """Runs end with their training, to save the other half of their time where nobody looks at what comes after it."""
-    monkeypatch.setattr("evaluate.evaluate_run", lambda run_dir: "")

@@ -8,6 +8,7 @@ deterministic, and whatever the scripts do for devices of type "cuda" alone.
 
 import runpy
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -109,20 +110,23 @@ def new_tensor(self, data, **kwargs):
     return tensor(data, device=self.device, **({"dtype": self.dtype} | kwargs))
 
 
+def load(*args, map_location=None, **kwargs):
+    state = load_here(*args, map_location="cpu", **kwargs)
+    return tree_map(lambda x: x.to(map_location) if isinstance(x, torch.Tensor) else x, state)
+
+
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    import run_folder
-
-    make_generator, make_tensor = torch.Generator, torch.tensor
-    torch.Generator, torch.tensor, torch.Tensor.new_tensor = Generator, tensor, new_tensor
-    usual = run_folder.choose_device  # which also sets threads and determinism
-
-    def choose_device(args) -> torch.device:
-        usual(args)
-        return DEVICE
-
-    run_folder.choose_device = choose_device
-    with Watch(), Pretend():
-        end = runpy.run_path(sys.argv[0], run_name="__main__")
-    assert next(end["agent"].parameters()).device == DEVICE
+    script, choice = Path(sys.argv[0]), 'torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")'
+    source = script.read_text()
+    assert source.count(choice) == 1
+    make_generator, make_tensor, load_here = torch.Generator, torch.tensor, torch.load
+    torch.Generator, torch.tensor, torch.load, torch.Tensor.new_tensor = Generator, tensor, load, new_tensor
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, script.name)
+        copy.write_text(source.replace(choice, f'torch.device("{DEVICE}")'))
+        with Watch(), Pretend():
+            end = runpy.run_path(str(copy), run_name="__main__")
+    for name in ("advantages", "credits"):  # of the last iteration; the evaluation has the networks on the CPU
+        assert end[name].device == DEVICE

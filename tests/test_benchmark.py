@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import PETTINGZOO, ROOT, TINY
+from conftest import PETTINGZOO, ROOT, TINY, TORCHRUN
 
 
 @pytest.fixture
@@ -101,16 +101,20 @@ def test_independent_coalitions_have_no_pairs(benchmark_of):
     assert masks.shape == (2, 500, 4, 4) and both.double().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
-def test_traffic_is_what_an_iteration_sums(benchmark_of, run_script, no_evaluation, monkeypatch):
+def test_traffic_is_what_an_iteration_sums(benchmark_of, run_script, monkeypatch):
     """Two iterations that believe to be one of two processes, whose sums are counted instead of made."""
-    sizes = []
-    monkeypatch.setattr("distributed.WORLD_SIZE", 2)
-    monkeypatch.setattr("distributed.dist.all_reduce", lambda values: sizes.append(values.nbytes))
-    monkeypatch.setattr("distributed.dist.gather_object", lambda part, states: states.__setitem__(0, part))
-    monkeypatch.setattr("distributed.connect", lambda device: device)
-    flags = "--total-timesteps 500 --num-envs 16 --reward-scale 1 --run-dir run"
-    assert run_script(flags, "stas_ippo_pettingzoo.py")[0] == 0
     sums, size = benchmark_of("scaling").traffic()
+    sizes = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, function in {
+        "init_process_group": lambda backend: None,
+        "destroy_process_group": lambda: None,
+        "all_reduce": lambda values: sizes.append(values.nbytes),
+        "gather_object": lambda part, parts: parts.__setitem__(0, part),
+    }.items():
+        monkeypatch.setattr(torch.distributed, name, function)
+    flags = "--total-timesteps 500 --num-envs 16 --reward-scale 1 --eval-episodes 2 --run-dir run"
+    assert run_script(flags, TORCHRUN)[0] == 0
     assert (len(sizes), sum(sizes)) == (2 * sums, 2 * size)
 
 
@@ -199,18 +203,20 @@ def test_a_run_that_was_broken_off_is_continued(benchmark_of, tmp_path, monkeypa
     begun.kill()
     begun.wait()
     config = json.loads((run_dir / "config.json").read_text())
-    (run_dir / "config.json").write_text(json.dumps(config | {"git_commit": "another"}))
-    assert not common.resumable(run_dir)
-    (run_dir / "config.json").write_text(json.dumps(config))
-    if config["git_commit"] is not None:  # None where the code is no clone
-        for command, same in (("false", False), ("git rev-parse HEAD", True)):
-            monkeypatch.setattr(common, "COMMIT", command)
-            assert common.resumable(run_dir) == same
-        for _ in range(2):  # to the end; then there is nothing left to do
-            metrics, summary = common.train(PETTINGZOO, [*flags, "--seed", "5"], run_dir, resume=True)
-            assert json.loads((run_dir / "config.json").read_text())["flags"]["seed"] == 1
-            assert int(metrics[-1]["global_step"]) == summary["global_step"] >= 2000
-    common.train(PETTINGZOO, [*flags, "--seed", "5"], run_dir)
+    for began, now, same in (
+        *[("abc", "echo abc", True), ("abc-dirty", "echo abc", True), ("another", "echo abc", False)],
+        *[("abc", "false", False), ("", "false", False)],  # the code has changed, or is no clone
+    ):
+        (run_dir / "config.json").write_text(json.dumps(config | {"git_commit": began}))
+        monkeypatch.setattr(common, "COMMIT", now)
+        assert common.resumable(run_dir) == same
+    monkeypatch.setattr(common, "resumable", lambda run_dir: True)
+    for _ in range(2):  # to the end; then there is nothing left to do
+        metrics, summary = common.train(PETTINGZOO, [*flags, "--seed", "5"], run_dir, resume=True)
+        assert json.loads((run_dir / "config.json").read_text())["flags"]["seed"] == 1
+        assert int(metrics[-1]["global_step"]) == summary["global_step"] >= 2000
+    monkeypatch.setattr(common, "resumable", lambda run_dir: False)
+    common.train(PETTINGZOO, [*flags, "--seed", "5"], run_dir, resume=True)
     assert json.loads((run_dir / "config.json").read_text())["flags"]["seed"] == 5
 
 
@@ -256,9 +262,17 @@ def test_settings_are_never_averaged_in_silently(benchmark_of, tmp_path):
         command = [sys.executable, str(ROOT / "benchmark" / "learning.py"), "--results", str(tmp_path), *flags]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1
-    bad = [sys.executable, str(ROOT / "benchmark" / "learning.py"), "--rows", "nonsense", "--results", str(tmp_path)]
-    result = subprocess.run(bad, capture_output=True, text=True)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
+    for row in ("nonsense", *benchmark_of("learning").PAST):
+        bad = [sys.executable, str(ROOT / "benchmark" / "learning.py"), "--rows", row, "--results", str(tmp_path)]
+        result = subprocess.run(bad, capture_output=True, text=True)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+def test_results_of_a_flag_that_is_gone_are_still_told(benchmark_of):
+    learning = benchmark_of("learning")
+    rows = learning.read(ROOT / "benchmark" / "results" / "tuning" / "learning.csv")
+    table = learning.table([row for row in rows if row["task"] == "spread 3" and row["threads"] == "1"])
+    assert all(f"\n| {row} | 1 | " in table for row in learning.PAST)
 
 
 def test_kinds_of_credit_are_compared_with_the_settings_of_the_grid(benchmark_of):

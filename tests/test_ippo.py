@@ -1,15 +1,23 @@
 """The learner: advantages against a loop, log-probabilities against the policy, critics against what they may see."""
 
 import math
+import runpy
+import statistics
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from conftest import ML, MPE, PETTINGZOO, SCRIPTS, TINY, TORCHRUN
+from gymnasium.spaces import Box, Discrete
+from pettingzoo import ParallelEnv
 
+import stas_ippo_alicebob
+import stas_ippo_mpe
 from envs.alice_bob import AliceBob, parallel_env
-from envs.mpe import make, make_pettingzoo
-from evaluate import measure_credits, play_episode, play_episodes
-from stas_ippo_alicebob import ActorCritic, compute_gae, rollout
+from envs.mpe import make
+from evaluate import play_episode
+from stas_ippo_alicebob import MLP, ActorCritic, compute_gae, rollout
 from stas_ippo_mpe import ContinuousActorCritic
 
 
@@ -35,18 +43,34 @@ def make_agent(centralized: bool = False) -> ActorCritic:
     torch.manual_seed(0)
     args = SimpleNamespace(critic="centralized" if centralized else "independent")
     agent = ActorCritic(args, AliceBob(1))
-    torch.nn.init.normal_(agent.actor[-1].weight, std=0.5)  # a policy that is not nearly uniform
+    torch.nn.init.normal_(agent.actor.layers[-1].weight, std=0.5)  # a policy that is not nearly uniform
     return agent
+
+
+def act_and_value(agent: ActorCritic, obs: torch.Tensor, elapsed: torch.Tensor, action: torch.Tensor | None = None):
+    """obs (..., N, O), elapsed (...) -> action, logprob, entropy, value"""
+    return agent.get_action_and_value(agent.get_inputs(obs, elapsed), action)
+
+
+def test_an_mlp_is_two_layers_of_tanh():
+    network, x = MLP(5, 3, std=2.0), torch.randn(7, 5)
+    first, second, last = network.layers
+    expected = last(torch.tanh(second(torch.tanh(first(x)))))
+    assert torch.allclose(network(x), expected, atol=1e-5)
+    for layer, gain in ((second, 2**0.5), (last, 2.0)):
+        torch.testing.assert_close(
+            layer.weight @ layer.weight.T, gain**2 * torch.eye(len(layer.weight)), atol=1e-4, rtol=0
+        )
 
 
 def test_stored_logprobs_are_those_of_the_actions_taken():
     env, agent = AliceBob(16), make_agent()
     episodes = rollout(env, agent)
-    names = ("obs", "act", "logprob", "team_reward", "valid", "elapsed", "value", "event")
-    obs, act, logprob, team_reward, valid, time, value, event = (episodes[name] for name in names)
+    names = ("obs", "act", "logprob", "team_reward", "valid", "inputs", "value", "event")
+    obs, act, logprob, team_reward, valid, inputs, value, event = (episodes[name] for name in names)
     assert obs.shape == (16, 40, 2, 19) and act.shape == logprob.shape == value.shape == event.shape == (16, 40, 2)
-    assert torch.allclose(time, torch.arange(40).expand(16, -1) / 40)
-    assert torch.allclose(value, agent.get_value(obs, time), atol=1e-5)
+    assert torch.allclose(inputs, agent.get_inputs(obs, torch.arange(40).expand(16, -1) / 40))
+    assert torch.allclose(value, agent.get_action_and_value(inputs)[3], atol=1e-5)
     assert team_reward.shape == valid.shape == (16, 40) and valid.dtype == torch.bool
     replay = AliceBob(16)  # the same actions give the same observations and rewards
     next_obs = replay.reset()
@@ -64,7 +88,7 @@ def test_stored_logprobs_are_those_of_the_actions_taken():
 def test_actions_are_drawn_from_the_policy():
     agent = make_agent()
     obs, time = torch.randn(1, 2, 19).expand(50_000, -1, -1), torch.zeros(50_000)
-    act, *_ = agent.get_action_and_value(obs, time)
+    act, *_ = act_and_value(agent, obs, time)
     for i in range(2):
         probs = agent.actor(torch.cat((obs[0, i], torch.eye(2)[i]))).softmax(-1)
         frequency = torch.bincount(act[:, i], minlength=4) / len(act)
@@ -74,7 +98,7 @@ def test_actions_are_drawn_from_the_policy():
 def test_logprob_entropy_and_value_by_definition():
     agent, obs, time = make_agent(), torch.randn(9, 2, 19), torch.rand(9)
     given = torch.randint(4, (9, 2))
-    act, logprob, entropy, value = agent.get_action_and_value(obs, time, given)
+    act, logprob, entropy, value = act_and_value(agent, obs, time, given)
     assert act is given
     for b in range(9):
         for i in range(2):
@@ -90,45 +114,49 @@ def test_who_sees_what():
     obs = torch.randn(5, 2, 19)
     changed = obs.clone()
     changed[:, 1] += 1
-    time = torch.zeros(5)
+    time, act = torch.zeros(5), torch.randint(4, (5, 2))
     for centralized in (False, True):
         agent = make_agent(centralized=centralized)
-        assert torch.equal(
-            agent.policy(obs).logits[:, 0], agent.policy(changed).logits[:, 0]
-        )  # actors never see the others
-        assert not torch.equal(agent.policy(obs).logits[:, 1], agent.policy(changed).logits[:, 1])
-        same = torch.equal(agent.get_value(obs, time)[:, 0], agent.get_value(changed, time)[:, 0])
-        assert same == (not centralized)
+        before, after = (act_and_value(agent, seen, time, act)[1] for seen in (obs, changed))
+        assert torch.equal(before[:, 0], after[:, 0])  # actors never see the others
+        assert not torch.equal(before[:, 1], after[:, 1])
+        before, after = (act_and_value(agent, seen, time)[3] for seen in (obs, changed))
+        assert torch.equal(before[:, 0], after[:, 0]) == (not centralized)
         alike = obs[:, :1].expand(-1, 2, -1)
-        value = agent.get_value(alike, time)
+        value = act_and_value(agent, alike, time)[3]
         assert not torch.allclose(value[:, 0], value[:, 1])  # but know who they are
-        assert agent.get_value(obs.unsqueeze(0), time.unsqueeze(0)).shape == (1, 5, 2)
+        assert act_and_value(agent, obs.unsqueeze(0), time.unsqueeze(0))[3].shape == (1, 5, 2)
 
 
 def test_the_critic_knows_the_time_and_the_actor_does_not():
     for centralized in (False, True):
         agent, obs = make_agent(centralized), torch.randn(5, 2, 19)
-        early, late = (agent.get_value(obs, torch.full((5,), time)) for time in (0.0, 1.0))
+        early, late = (act_and_value(agent, obs, torch.full((5,), time))[3] for time in (0.0, 1.0))
         assert early.shape == (5, 2) and not torch.allclose(early, late)
-        batch = agent.get_value(obs, torch.tensor([0.0, 1, 0, 1, 0]))
+        batch = act_and_value(agent, obs, torch.tensor([0.0, 1, 0, 1, 0]))[3]
         assert torch.allclose(batch[::2], early[::2]) and torch.allclose(batch[1::2], late[1::2])
-        assert len(agent.actor[0].weight.T) == 19 + 2
+        assert len(agent.actor.layers[0].weight.T) == 19 + 2
 
 
 def make_continuous_agent() -> ContinuousActorCritic:
     torch.manual_seed(0)
     env = SimpleNamespace(obs_dim=19, num_actions=5, num_agents=2, continuous=True)
     agent = ContinuousActorCritic(SimpleNamespace(critic="independent"), env)
-    torch.nn.init.normal_(agent.actor[-1].weight, std=1.0)
+    torch.nn.init.normal_(agent.actor.layers[-1].weight, std=1.0)
     return agent
+
+
+def beta_parameters(agent: ContinuousActorCritic, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """obs (..., N, O) -> alpha and beta of every strength (..., N, A)"""
+    outputs = agent.actor(torch.cat((obs, torch.eye(2).expand(*obs.shape[:-1], -1)), dim=-1))
+    return (1 + outputs.exp().log1p()).chunk(2, dim=-1)
 
 
 def test_continuous_actions_are_beta_draws():
     agent, obs = make_continuous_agent(), torch.randn(1, 2, 19).expand(20_000, -1, -1)
-    act, *_ = agent.get_action_and_value(obs, torch.zeros(20_000))
+    act, *_ = act_and_value(agent, obs, torch.zeros(20_000))
     assert act.shape == (20_000, 2, 5) and act.min() > 0 and act.max() < 1
-    policy = agent.policy(obs[0]).base_dist
-    a, b = policy.concentration1, policy.concentration0
+    a, b = beta_parameters(agent, obs[0])
     mean, variance = a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
     assert ((act.mean(0) - mean).abs() < 4.5 * (variance / len(act)).sqrt()).all()
     assert (act.var(0) / variance - 1).abs().max() < 0.06
@@ -137,19 +165,18 @@ def test_continuous_actions_are_beta_draws():
 def test_continuous_actions_keep_from_where_densities_are_infinite():
     agent = make_continuous_agent()
     for bias in (-500.0, 500.0):
-        torch.nn.init.constant_(agent.actor[-1].bias[:5], bias)  # all of alpha
-        torch.nn.init.constant_(agent.actor[-1].bias[5:], -bias)
-        act, logprob, *_ = agent.get_action_and_value(torch.zeros(100, 2, 19), torch.zeros(100))
+        torch.nn.init.constant_(agent.actor.layers[-1].bias[:5], bias)  # all of alpha
+        torch.nn.init.constant_(agent.actor.layers[-1].bias[5:], -bias)
+        act, logprob, *_ = act_and_value(agent, torch.zeros(100, 2, 19), torch.zeros(100))
         assert logprob.isfinite().all() and act.min() >= 1e-4 and act.max() <= 1 - 1e-4
 
 
 def test_continuous_logprob_and_entropy_by_numerical_integration():
     agent, obs = make_continuous_agent(), torch.randn(3, 2, 19)
-    act, stored, *_ = agent.get_action_and_value(obs, torch.zeros(3))
-    _, logprob, entropy, _ = agent.get_action_and_value(obs, torch.zeros(3), act)
+    act, stored, *_ = act_and_value(agent, obs, torch.zeros(3))
+    _, logprob, entropy, _ = act_and_value(agent, obs, torch.zeros(3), act)
     assert torch.equal(stored, logprob)
-    policy = agent.policy(obs).base_dist
-    parameters = torch.stack((policy.concentration1, policy.concentration0), dim=-1)  # (3, 2, 5, 2)
+    parameters = torch.stack(beta_parameters(agent, obs), dim=-1)  # (3, 2, 5, 2)
     grid = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     for e in range(3):
         for i in range(2):
@@ -174,7 +201,7 @@ def test_a_continuous_rollout_stores_what_was_done():
     episodes = rollout(env, agent)
     obs, act, logprob, team_reward = (episodes[name] for name in ("obs", "act", "logprob", "team_reward"))
     assert act.shape == (4, 25, 2, 5) and logprob.shape == (4, 25, 2) and episodes["valid"].all()
-    assert torch.allclose(agent.get_action_and_value(obs, episodes["elapsed"], act)[1], logprob, atol=1e-4)
+    assert torch.allclose(agent.get_action_and_value(episodes["inputs"], act)[1], logprob, atol=1e-4)
     next_obs = replay.reset()  # rollout resets, too
     for t in range(25):
         assert torch.equal(next_obs, obs[:, t])
@@ -198,7 +225,7 @@ def test_rollout_takes_a_seed_and_the_draws_come_from_torch():
 
 def test_an_episode_on_pettingzoo_equals_the_batched_game():
     agent, frames = make_agent(), []
-    episode = play_episode(parallel_env("rgb_array"), lambda obs: agent.policy(obs).sample(), 0, frames)
+    episode = play_episode(parallel_env("rgb_array"), agent, 0, frames)
     length = episode["obs"].shape[1]
     assert len(frames) == length + 1 and episode["valid"].all()
     env = AliceBob(1)
@@ -210,63 +237,98 @@ def test_an_episode_on_pettingzoo_equals_the_batched_game():
         assert torch.equal(episode["event"][0, t].long(), env.oracles()["event"][0])
 
 
-def test_agents_at_random_move_independently_of_each_other(monkeypatch):
+def test_a_team_at_random_plays_uniformly_and_independently(monkeypatch):
+    """The other team of an evaluation, with the same starts."""
     played = []
-    monkeypatch.setattr(
-        "evaluate.play_episode", lambda *a, **more: played.append(play_episode(*a, **more)) or played[-1]
-    )
-    play_episodes(make_pettingzoo("spread", 3), None, 2, 0)
-    (first, second), act = (each["obs"][0, 0] for each in played), played[0]["act"][0]
-    assert not torch.equal(act[:, 0], act[:, 1]) and not torch.equal(first, second)
+    monkeypatch.setattr(stas_ippo_mpe, "rollout", lambda *a: played.append(rollout(*a)) or played[-1])
+    for continuous in (False, True):
+        args = stas_ippo_mpe.Args(continuous_actions=continuous)
+        agent, _ = stas_ippo_mpe.make_networks(args, stas_ippo_mpe.make_env(args, 1))
+        torch.nn.init.normal_(agent.actor.layers[-1].weight)
+        stas_ippo_mpe.evaluate(args, agent, 20)
+        trained, random = played[-2:]
+        assert (
+            torch.equal(trained["obs"][:, 0], random["obs"][:, 0]) and random["obs"][:, 0].unique(dim=0).shape[0] == 20
+        )
+        act = random["act"].flatten(0, 1).double()  # (500, N) or (500, N, 5)
+        if continuous:  # uniform on [0, 1]
+            assert (act.mean(0) - 0.5).abs().max() < 0.06 and (act.var(0) - 1 / 12).abs().max() < 0.02
+        else:
+            for i in range(3):
+                assert (torch.bincount(act[:, i].long(), minlength=5) / len(act) - 0.2).abs().max() < 0.08
+        together = torch.corrcoef(act.flatten(1).T) - torch.eye(act[0].numel())
+        assert together.abs().max() < 0.25
 
 
-def test_noise_of_credits_against_a_loop():
-    """Over the steps that were played, of the first 32 episodes only."""
-    torch.manual_seed(0)
-    episodes = {"valid": torch.arange(6) < torch.randint(1, 7, (40, 1)), "team_reward": torch.randn(40, 6)}
-    draws = [torch.randn(32, 6, 3) * episodes["valid"][:32].unsqueeze(2) for _ in range(4)]
-    left = iter(draws)
-    measured = measure_credits(
-        SimpleNamespace(credit="temporal"), lambda few: next(left), episodes, torch.randn(40, 6, 3)
-    )
-    noise = [
-        torch.stack([draw[e, t, i] for draw in draws]).std().item()
-        for e in range(32)
-        for t in range(int(episodes["valid"][e].sum()))
-        for i in range(3)
-    ]
-    assert measured["decomposer/credit_std"] == pytest.approx(sum(noise) / len(noise), rel=1e-4)
+@pytest.mark.parametrize("script", [*SCRIPTS, TORCHRUN])
+def test_diagnostics_of_credits_against_loops(script, run_script, monkeypatch):
+    """When, who and noise, as a run logs them of its last iteration: over the steps that were played."""
+    ends, run_path = [], runpy.run_path
+    monkeypatch.setattr(runpy, "run_path", lambda *a, **more: ends.append(run_path(*a, **more)))
+    flags = f"{TINY[script]} --num-envs 40 --reward-scale 1 --run-dir run"
+    if script in (PETTINGZOO, TORCHRUN):  # whose episodes end sooner or later
+        flags += " --env-id tests.test_pettingzoo --horizon 6"
+    assert run_script(flags, script)[0] == 0
+    end = ends[0]
+    credits, episodes = end["credits"].numpy(), {name: each.numpy() for name, each in end["episodes"].items()}
+    lengths, N = episodes["valid"].sum(axis=1), credits.shape[2]
+    played = [(e, t) for e, T in enumerate(lengths) for t in range(T)]
+
+    def correlation(rows: list[tuple]) -> float:
+        """Of pairs of sequences, each centred."""
+        x, y = (np.concatenate([each - np.mean(each) for each in side]) for side in zip(*rows))
+        return (x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()) if y.any() else math.nan
+
+    rows = [(credits[e, :T].sum(axis=1), episodes["team_reward"][e, :T]) for e, T in enumerate(lengths)]
+    noise = [statistics.stdev(end["draws"][:, e, t, i].tolist()) for e, t in played if e < 32 for i in range(N)]
+    expected = {"reward_correlation": correlation(rows), "credit_std": statistics.mean(noise)}
+    assert math.isnan(correlation(rows)) == (script in (PETTINGZOO, TORCHRUN))  # where all rewards are alike
+    if script in (MPE, ML):
+        expected["shapley_correlation"] = correlation([(credits[e, t], episodes["shapley"][e, t]) for e, t in played])
+    for name, value in expected.items():
+        logged = end["metrics"][f"decomposer/{name}"]
+        assert logged == "" if math.isnan(value) else logged == pytest.approx(value, rel=1e-3), name
 
 
-def test_evaluation_counts_what_happened():
-    class TwoSteps:
-        """Pays 1 and 3 to its two agents at each of two steps; every second episode terminates, the others run out."""
+class TwoSteps(ParallelEnv):
+    """Pays 1 and 3 to its two agents at each of two steps; every second copy terminates after one."""
 
-        possible_agents = ["a", "b"]
+    metadata, horizon, made = {"name": "two steps"}, 2, 0
+    possible_agents = ["a", "b"]
 
-        def __init__(self):
-            self.space, self.episodes = parallel_env().action_space("alice"), 0
+    def __init__(self):
+        TwoSteps.made += 1
+        self.short = TwoSteps.made % 2
 
-        def action_space(self, agent):
-            return self.space
+    def observation_space(self, agent):
+        return Box(0, 1, (2,), np.float32)
 
-        def reset(self, seed=None):
-            self.agents, self.t, self.episodes = ["a", "b"], 0, self.episodes + 1
-            return dict.fromkeys(self.agents, torch.zeros(2).numpy()), {}
+    def action_space(self, agent):
+        return Discrete(3)
 
-        def step(self, actions):
-            self.t += 1
-            over = self.t == self.episodes
-            result = [dict.fromkeys("ab", torch.zeros(2).numpy()), {"a": 1.0, "b": 3.0}]
-            result += [dict.fromkeys("ab", over and self.episodes == 2), dict.fromkeys("ab", over), {}]
-            self.agents = [] if over else self.agents
-            return result
+    def reset(self, seed=None, options=None):
+        self.agents, self.t = ["a", "b"], 0
+        return dict.fromkeys("ab", np.zeros(2, np.float32)), {"a": {}, "b": {}}
 
-    figures = play_episodes(TwoSteps(), None, 2, 0)  # episode 1 has one step, episode 2 two
-    assert figures == {
+    def step(self, actions):
+        self.t += 1
+        ends, cut = bool(self.short), self.t == 2
+        self.agents = [] if ends or cut else ["a", "b"]
+        obs = dict.fromkeys("ab", np.zeros(2, np.float32))
+        return obs, {"a": 1.0, "b": 3.0}, dict.fromkeys("ab", ends), dict.fromkeys("ab", cut), {"a": {}, "b": {}}
+
+
+def test_evaluation_counts_what_happened(monkeypatch):
+    monkeypatch.setattr(stas_ippo_alicebob, "make_parallel_env", lambda args: TwoSteps())
+    sizes = SimpleNamespace(obs_dim=2, num_actions=3, num_agents=2, continuous=False)
+    args = stas_ippo_alicebob.Args(credit="dense")
+    agent, _ = stas_ippo_alicebob.make_networks(args, sizes)
+    figures = stas_ippo_alicebob.evaluate(args, agent, 4)
+    expected = {  # returns 2 and 4
         "episodic_return": 3.0,
         "episodic_return_std": 1.0,
         "episodic_length": 1.5,
-        "episodes": 2,
+        "episodes": 4,
         "terminated": 0.5,
     }
+    assert figures == {f"{who}/{name}": value for who in ("eval", "random") for name, value in expected.items()}

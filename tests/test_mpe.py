@@ -4,7 +4,6 @@ import itertools
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ from pettingzoo.test import parallel_api_test, parallel_seed_test, render_test
 from envs import check_env
 from envs.mpe import SimpleSpread, distances, make, make_pettingzoo
 from envs.mpe_pettingzoo import copy_state, draw, push_parallel_env, raw_env
-from evaluate import play_episodes
-from stas_ippo_mpe import ActorCritic, Args, make_env
+from stas_ippo_mpe import Args, evaluate, make_env, make_networks, rollout
 
 STATE = {
     "spread": ["agent_pos", "agent_vel", "landmark_pos"],
@@ -281,15 +279,15 @@ def test_continuous_actions_outside_the_range_are_clipped():
 @pytest.mark.parametrize(
     "scenario, options, message",
     [
-        ("chess", {}, "scenario"),
-        ("spread", {"num_prey": 2}, "num_prey"),
-        ("push", {"num_obstacles": 2}, "num_obstacles"),
-        ("push", {"num_landmark_neighbors": 1}, "num_landmark_neighbors"),
-        ("spread", {"num_agent_neighbors": 0}, "num_agent_neighbors"),
-        ("tag", {"num_prey": 0}, "prey"),
-        ("tag", {"num_obstacles": -1}, "obstacles"),
-        ("tag", {"num_agents": 0}, "num_agents"),
-        ("push", {"max_cycles": 0}, "max_cycles"),
+        ("chess", {}, "^scenario chess: must be one of"),
+        ("spread", {"num_prey": 2}, "^--num-prey 2: must be left out with scenario spread"),
+        ("push", {"num_obstacles": 2}, "^--num-obstacles 2: must be left out"),
+        ("push", {"num_landmark_neighbors": 1}, "^--num-landmark-neighbors 1: must be left out"),
+        ("spread", {"num_agent_neighbors": 0}, "^--num-agent-neighbors 0: must be at least 1"),
+        ("tag", {"num_prey": 0}, "^--num-prey 0: must be at least 1"),
+        ("tag", {"num_obstacles": -1}, "^--num-obstacles -1: must be at least 0"),
+        ("tag", {"num_agents": 0}, "^--num-agents 0: must be at least 1"),
+        ("push", {"max_cycles": 0}, "^--max-cycles 0: must be at least 1"),
     ],
 )
 def test_options_that_make_no_sense(scenario, options, message):
@@ -355,20 +353,15 @@ def test_prey_flee_random_predators_but_can_be_caught():
 def test_a_policy_earns_the_same_on_both(scenario):
     """Mean returns within 3 standard errors of their difference. The policy pushes the agents to where they touch."""
     torch.manual_seed(1)
-    env = make(scenario, 2000, 3, max_cycles=25)
-    agent = ActorCritic(SimpleNamespace(critic="independent"), env)
-    torch.nn.init.normal_(agent.actor[-1].weight, std=1.0)
-    with torch.no_grad():
-        obs, returns = env.reset(seed=0), 0
-        for _ in range(25):
-            obs, reward, _ = env.step(agent.policy(obs).sample())
-            returns = returns + reward
-        figures = play_episodes(
-            make_pettingzoo(scenario, 3, max_cycles=25), lambda obs: agent.policy(obs).sample(), 150, seed=0
-        )
-    error = math.sqrt(figures["episodic_return_std"] ** 2 / 150 + returns.var().item() / 2000)
-    assert error > 0 and abs(figures["episodic_return"] - returns.mean().item()) < 3 * error
-    assert figures["episodic_length"] == 25
+    args = Args(scenario=scenario, max_cycles=25)
+    env = make_env(args, 2000)
+    agent, _ = make_networks(args, env)
+    torch.nn.init.normal_(agent.actor.layers[-1].weight, std=1.0)
+    team_return = rollout(env, agent, seed=0)["team_reward"].sum(dim=1)
+    figures = evaluate(args, agent, 150)
+    error = math.sqrt(figures["eval/episodic_return_std"] ** 2 / 150 + team_return.var().item() / 2000)
+    assert error > 0 and abs(figures["eval/episodic_return"] - team_return.mean().item()) < 3 * error
+    assert figures["eval/episodic_length"] == 25 and figures["eval/terminated"] == 0
 
 
 @pytest.mark.parametrize("continuous", [False, True])
@@ -485,3 +478,36 @@ def test_the_same_on_cuda(scenario):
     if scenario == "spread":
         for name in ("shapley_reward", "difference_reward"):
             assert torch.allclose(getattr(cuda, name)().cpu(), getattr(cpu, name)(), atol=1e-7)
+
+
+def test_the_rules_of_push_in_numbers():
+    env, theirs = make("push", 4000, 3), make_pettingzoo("push", 3)
+    env.reset(seed=0)
+    starts = {"agent": env.agent_pos, "ball": env.ball_pos, "target": env.landmark_pos}
+    theirs.reset(seed=0)
+    ball, target = theirs.unwrapped.world.landmarks
+    assert [agent.size for agent in theirs.unwrapped.world.agents] == [0.06] * 3
+    assert (ball.size, ball.mass, ball.movable, ball.collide) == (0.1, 2, True, True)
+    assert (target.size, target.movable, target.collide) == (0.05, False, False)
+    for name, limit in {"agent": 1, "ball": 0.8, "target": 0.8}.items():
+        assert 0.999 * limit < starts[name].amax() <= limit and -limit <= starts[name].amin() < -0.999 * limit
+    assert 0.8 <= (env.ball_pos - env.landmark_pos).norm(dim=2).min() < 0.801
+
+    # A ball 0.5 from the target and 0.3 from the nearest agent.
+    env = make("push", 1, 2)
+    env.ball_pos, env.landmark_pos = torch.zeros(1, 1, 2), torch.tensor([[[0.3, 0.4]]])
+    env.agent_pos = torch.tensor([[[0.0, -0.3], [0.9, 0.0]]])
+    _, reward, _ = env.step(torch.zeros(1, 2, dtype=torch.int64))
+    assert reward.item() == pytest.approx(-2 * 0.5 - 0.3)
+
+
+@pytest.mark.parametrize("scenario", ["spread", "tag", "push"])
+def test_one_touch_is_marked(scenario):
+    """An o marks those who touch. Agent 0 and one body (the last agent, the prey, the ball) are a bit closer than the
+    sum of their radii, then a bit farther apart."""
+    env = make(scenario, 2, 3)
+    body, reach = {"spread": ("agent_pos", 0.3), "tag": ("prey_pos", 0.125), "push": ("ball_pos", 0.16)}[scenario]
+    env.agent_pos[:] = torch.tensor([[0.0, 0.0], [5.0, 5.0], [9.0, 9.0]])
+    getattr(env, body)[:, -1] = torch.tensor([[reach - 0.001, 0.0], [reach + 0.001, 0.0]])
+    assert env.oracles()["event"].tolist() == [[1, 0, int(scenario == "spread")], [0, 0, 0]]
+    assert env.event_names[1] == "o"

@@ -1,13 +1,11 @@
 """Copies of PettingZoo environments as a batched environment, and a run in several processes."""
 
-import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pettingzoo
@@ -15,14 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import PETTINGZOO, ROOT, TINY, read_metrics
+from conftest import PETTINGZOO, ROOT, TINY, TORCHRUN, read_metrics
 from gymnasium.spaces import Box, Discrete, MultiBinary
 from pettingzoo import ParallelEnv
 from pettingzoo.test import parallel_api_test
 
-import distributed
 import envs.mpe
 import stas_ippo_pettingzoo as script_module
+import stas_ippo_pettingzoo_torchrun as together
 from envs import EnvFailure
 from envs.mpe_pettingzoo import copy_state
 from envs.pettingzoo import UniformEnv, make
@@ -242,12 +240,12 @@ def test_an_id_of_the_registry_is_its_module():
 
 def test_an_id_whose_packages_are_missing():
     pettingzoo.register("parallel", "tests/missing-v1", entry_point="no_such_package:parallel_env")
-    with pytest.raises(ValueError, match="env_id tests/missing-v1: must have its packages .*no_such_package"):
+    with pytest.raises(ValueError, match="--env-id tests/missing-v1: must have its packages .*no_such_package"):
         make("tests/missing-v1", num_envs=1, horizon=1)
 
 
 def test_an_environment_without_agents_or_spaces():
-    with pytest.raises(ValueError, match="env_id walk: must have agents and spaces"):
+    with pytest.raises(ValueError, match="--env-id walk: must have agents and spaces"):
         UniformEnv(ParallelEnv(), "walk", 6)
 
 
@@ -284,8 +282,12 @@ def test_a_worker_that_dies_is_told_in_one_line():
 def test_an_environment_without_pictures_is_evaluated(blind, run_script, tmp_path):
     flags = f'--env-id {HERE} --env-kwargs {{"blind":{blind}}} --horizon 6 --run-dir run'
     code, out, err = run_script(f"{TINY[PETTINGZOO]} {flags} --total-timesteps 100", PETTINGZOO)
-    assert code == 0 and "see run (no episode.gif" in out, err
-    assert ("takes no render_mode='rgb_array'" in out) == (blind == "false")
+    assert code == 0 and "the agents' rewards differ: the team's is their mean" in out.splitlines(), err
+    command = [sys.executable, str(ROOT / "evaluate.py"), "run", "--episodes", "2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}  # where this module finds conftest.py
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert result.returncode == 0 and "over 2 episodes" in result.stdout, result.stderr
+    assert ("takes no render_mode='rgb_array'" in result.stdout) == (blind == "false")
     assert (tmp_path / "run" / "credit.png").exists() and not (tmp_path / "run" / "episode.gif").exists()
 
 
@@ -307,7 +309,7 @@ def test_spaces_of_another_kind():
     ):
         env = Walk(box=isinstance(space, Box))
         getattr(env, what)["c"] = space
-        with pytest.raises(ValueError, match="env_id walk: must have"):
+        with pytest.raises(ValueError, match="--env-id walk: must have"):
             UniformEnv(env, "walk", 6)
 
 
@@ -369,17 +371,17 @@ def test_the_policy_leaves_out_what_an_agent_does_not_have(box):
     args = script_module.Args(emb_dim=8)
     agent, _ = script_module.make_networks(args, env)
     obs = torch.rand(200, 3, 4)
-    act, logprob, entropy, _ = agent.get_action_and_value(obs, torch.zeros(200))
+    act, logprob, entropy, _ = agent.get_action_and_value(agent.get_inputs(obs, torch.zeros(200)))
     assert logprob.isfinite().all() and entropy.isfinite().all()
-    policy = agent.policy(obs)
-    if box:
-        missing = ~env.action_mask[1]
-        whole = policy.base_dist.log_prob(act)[:, 1]
-        assert missing.tolist() == [False, True] and (whole[:, missing] == 0).all()
-        torch.testing.assert_close(logprob[:, 1], whole[:, 0])
+    outputs = agent.actor(torch.cat((obs, torch.eye(3).expand(200, -1, -1)), dim=-1))[:, 1]  # of b
+    if box:  # it has the first of two dimensions
+        first = torch.distributions.Beta(*(1 + torch.nn.functional.softplus(outputs[:, [0, 2]])).T)
+        torch.testing.assert_close(logprob[:, 1], first.log_prob(act[:, 1, 0]))
+        torch.testing.assert_close(entropy[:, 1], first.entropy())
+        assert 0.4 < act[:, 1, 1].mean() < 0.6
     else:
         assert act[:, 1].max() == 1 and act[:, 2].max() == 2 and act[:, 0].max() == 3
-        assert (policy.probs[:, 1, 2:] == 0).all()
+        assert (outputs[:, 2:] == -torch.inf).all()
     (logprob.sum() + entropy.sum()).backward()
     assert all(weights.grad.isfinite().all() for weights in agent.actor.parameters())
 
@@ -403,16 +405,16 @@ BAD = {
     "--env-kwargs {x": "must be a JSON object",
     '--env-kwargs {"wings":2}': "must be options of mpe2.simple_reference_v3",
     "--horizon 26": "--horizon must be at most 25",
-    "--coalition exact --env-id tests.test_pettingzoo --horizon 6 --num-heads 3": "must be a multiple",
+    "--coalition exact --env-id tests.test_pettingzoo --horizon 6 --num-heads 3": "--num-heads 3: must be a divisor",
     f'--env-id {HERE} --horizon 6 --env-kwargs {{"fault":"nan"}}': "an observation of a is not finite",
     f'--env-id {HERE} --horizon 6 --env-kwargs {{"fault":"space"}}': "must have Box or Discrete observations; c has",
 }
 
 
 @pytest.mark.parametrize("flags", BAD)
-def test_bad_input_ends_with_one_line(flags, run_script, tmp_path):
+def test_bad_input_is_told(flags, run_script, tmp_path):
     code, _, err = run_script(f"{TINY[PETTINGZOO]} --run-dir run {flags}", PETTINGZOO)
-    assert code == 2 and BAD[flags] in err and len(err.strip().splitlines()) == 1, err
+    assert code == 2 and BAD[flags] in err.replace("│", " ") and "Traceback" not in err, err
     assert not (tmp_path / "run").exists()
 
 
@@ -428,7 +430,7 @@ def test_a_failure_in_training_keeps_the_checkpoint(run_script, tmp_path, monkey
         return step(self, actions)
 
     monkeypatch.setattr(UniformEnv, "step", fail_late)
-    with pytest.raises(EnvFailure):  # which sys.excepthook turns into one line
+    with pytest.raises(EnvFailure, match="walk, seed 1, step 9"):
         run_script(f"{TINY[PETTINGZOO]} --total-timesteps 9999 --checkpoint-every 1 --run-dir run", PETTINGZOO)
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
@@ -439,7 +441,7 @@ def test_a_failure_in_training_keeps_the_checkpoint(run_script, tmp_path, monkey
 def start(rank: int, world: int, meeting, function) -> None:
     """function(rank) in one of `world` processes, which meet at a file."""
     torch.set_num_threads(1)
-    distributed.RANK, distributed.WORLD_SIZE = rank, world
+    together.RANK, together.WORLD_SIZE = rank, world
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world)
     function(rank)
     dist.destroy_process_group()
@@ -449,38 +451,71 @@ def sums_are_those_of_one_process(rank: int) -> None:
     torch.manual_seed(0)
     data = torch.randn(11, 3)
     mine = data[:4] if rank == 0 else data[4:]  # batches of unequal size
-    mean, deviation = distributed.moments(mine)
-    torch.testing.assert_close(mean, data.mean())
-    torch.testing.assert_close(deviation, data.std(correction=0))
     networks = [torch.nn.Linear(3, 2) for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
-    networks[0](data).square().mean().backward()
-    networks[1](mine).square().mean().backward()
-    distributed.average_gradients(networks[1], len(mine))
+    networks[0](data).square().sum().backward()
+    networks[1](mine).square().sum().backward()
+    together.sum_gradients(networks[1])
     for one, other in zip(networks[0].parameters(), networks[1].parameters()):
         torch.testing.assert_close(other.grad, one.grad)
-    assert distributed.total(torch.tensor(rank + 1)) == 3
-    states = distributed.Gathered(SimpleNamespace(state_dict=lambda: f"of {rank}")).state_dict()
-    assert states == (["of 0", "of 1"] if rank == 0 else None)
+    assert together.total(torch.tensor(rank + 1)) == 3
 
 
-def test_two_processes_make_the_gradient_of_one(tmp_path):
-    mp.spawn(start, (2, tmp_path / "meeting", sums_are_those_of_one_process), nprocs=2)
+def updates_are_those_of_one_process(rank: int) -> None:
+    """Of PPO with parts of unequal size, of the decomposer with parts of equal size."""
+    args = together.Args(emb_dim=8, coalition="all", reward_scale=3.0, adv_eps=0.1, clip_coef=0.01)
+    env = together.make_env(args, 6)
+    torch.manual_seed(0)
+    episodes = together.rollout(env, together.make_networks(args, env)[0], 1)
+    steps = {name: episodes[name].flatten(0, 1) for name in ("inputs", "act", "logprob", "value")}
+    steps |= {"advantage": torch.randn_like(steps["value"]), "return": torch.randn_like(steps["value"])}
+    steps["weight"] = torch.ones(len(steps["act"]), 1)
+    stored = {name: episodes[name] for name in ("obs", "act", "valid")}
+    stored["team_return"] = episodes["team_reward"].sum(dim=1)
+    cut = [slice(0, 50), slice(50, None)][rank], [slice(0, 3), slice(3, None)][rank]
+    results = []
+    for module, some in ((script_module, (slice(None),) * 2), (together, cut)):
+        torch.manual_seed(1)
+        agent, decomposer = together.make_networks(args, env)
+        torch.nn.init.normal_(agent.actor.layers[-1].weight)
+        torch.nn.init.normal_(decomposer.head.weight)
+        update_agent, update_decomposer = (
+            getattr(module, name + "_together" * (module is together)) for name in ("update_agent", "update_decomposer")
+        )
+        optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in (agent, decomposer)]
+        batch = {name: values[some[0]] for name, values in steps.items()} | {"ent_coef": torch.tensor(0.1)}
+        losses = update_agent(args, agent, optimizers[0], batch)
+        batch = {name: values[some[1]] for name, values in stored.items()}
+        losses |= {"decomposer": update_decomposer(args, decomposer, optimizers[1], batch)}
+        results.append(losses | dict(agent.named_parameters()) | dict(decomposer.named_parameters()))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("what", [sums_are_those_of_one_process, updates_are_those_of_one_process])
+def test_two_processes_do_what_one_does(what, tmp_path):
+    mp.spawn(start, (2, tmp_path / "meeting", what), nprocs=2)
 
 
 DRIVER = f"""
-import atexit, runpy, torch
+import atexit, os, runpy, torch, traceback
+rank = os.environ["RANK"]
+open("pid-" + rank, "w").write(str(os.getpid()))
 atexit.register(lambda: print("all threads ended:", not torch.distributed.is_initialized()))
-end = runpy.run_path({str(ROOT / PETTINGZOO)!r}, run_name="__main__")
-torch.save(end["agent"].state_dict() | end["decomposer"].state_dict(), f"weights-{{end['RANK']}}.pt")
+try:
+    end = runpy.run_path({str(ROOT / TORCHRUN)!r}, run_name="__main__")
+except SystemExit as exit:  # as process 1 ends
+    *_, (frame, _) = traceback.walk_tb(exit.__traceback__)
+    end = frame.f_globals
+torch.save(end["agent"].state_dict() | end["decomposer"].state_dict(), "weights-" + rank + ".pt")
 """
 
 
 def torchrun(flags: str, folder) -> subprocess.Popen:
-    """The script with two processes, each of which leaves its weights in the folder."""
+    """The script with two processes, each of which leaves its number and its weights in the folder."""
     (folder / "driver.py").write_text(DRIVER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["driver.py", *TINY[PETTINGZOO].split(), *"--no-anneal-lr --no-anneal-ent".split(), *flags.split()]
+    command += ["driver.py", *TINY[TORCHRUN].split(), *"--no-anneal-lr --no-anneal-ent".split(), *flags.split()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
 
@@ -491,12 +526,10 @@ def test_a_run_of_two_processes_that_loses_one_resumes_to_the_digit(tmp_path):
     while not (csv_file.exists() and len(csv_file.read_text().splitlines()) > 2):
         assert part.poll() is None, part.stdout.read()
         time.sleep(0.02)
-    children = subprocess.run(["pgrep", "-P", str(part.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[1]), signal.SIGKILL)
-    assert part.wait(60) != 0
-    assert "another process of this run has ended" in part.stdout.read()
-    assert json.loads((tmp_path / "part" / "config.json").read_text())["processes"] == 2
-    first, second = torch.load(tmp_path / "part" / "checkpoint.pt", weights_only=True)["buffer"]
+    os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
+    part.communicate(timeout=60)
+    assert part.returncode != 0
+    first, second = torch.load(tmp_path / "part" / "checkpoint.pt", weights_only=True)["buffers"]
     assert not torch.equal(first["data"]["obs"], second["data"]["obs"])  # episodes of their own
     steps = 400 * (len(read_metrics(tmp_path / "part")) + 2)
     weights = []
@@ -509,15 +542,34 @@ def test_a_run_of_two_processes_that_loses_one_resumes_to_the_digit(tmp_path):
     for other in weights[1:]:  # of both processes and both runs
         assert all(torch.equal(weights[0][name], other[name]) for name in other)
 
-    alone = [sys.executable, str(ROOT / PETTINGZOO), "--resume", "whole", "--total-timesteps", "99999"]
+    alone = [sys.executable, str(ROOT / TORCHRUN), "--resume", "whole", "--total-timesteps", "99999"]
     result = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "must be continued by 2 processes" in result.stderr
 
 
+def test_two_processes_stop_together_at_a_signal_to_one(tmp_path):
+    run = torchrun("--checkpoint-every 1000 --run-dir run --total-timesteps 2000000", tmp_path)
+    csv_file = tmp_path / "run" / "metrics.csv"
+    while not (csv_file.exists() and len(csv_file.read_text().splitlines()) > 2):
+        assert run.poll() is None, run.stdout.read()
+        time.sleep(0.02)
+    os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGTERM)
+    output, _ = run.communicate(timeout=60)
+    start = f"torchrun --nproc-per-node 2 {ROOT / TORCHRUN}"
+    assert f"stopped; to continue: {start} --resume run" in output and "Traceback" not in output, output
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["iteration"] == len(read_metrics(tmp_path / "run")) and len(saved["buffers"]) == 2
+
+
+def test_one_process_of_torchrun_is_the_plain_script(run_script, tmp_path):
+    for script in (PETTINGZOO, TORCHRUN):
+        assert run_script(f"{TINY[script]} --reward-scale 10 --run-dir {script}", script)[0] == 0
+    for row, other in zip(*(read_metrics(tmp_path / script) for script in (PETTINGZOO, TORCHRUN))):
+        numbers, others = ({name: float(value) for name, value in each.items()} for each in (row, other))
+        assert numbers == pytest.approx(others, rel=1e-3, abs=1e-6)
+
+
 def test_one_process_needs_no_others():
-    assert distributed.WORLD_SIZE == 1
+    assert together.WORLD_SIZE == 1
     values = torch.tensor([1.0, 3.0])
-    assert distributed.total(values) is values
-    mean, deviation = distributed.moments(values)
-    assert (mean.item(), deviation.item()) == (2, 1)
-    assert distributed.connect(torch.device("cpu")) == torch.device("cpu")
+    assert together.total(values) is values and values.tolist() == [1, 3]

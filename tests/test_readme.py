@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import os
 import re
 import runpy
 import shlex
@@ -32,7 +33,7 @@ def test_the_first_two_set_up_commands_are_the_main_job_and_the_tests():
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python stas_")])
-def test_training_commands(command, run_script, no_pictures, tmp_path):
+def test_training_commands(command, run_script, tmp_path):
     _, script, *flags = shlex.split(command)
     tiny = TINY[script]
     if "--resume" in flags:
@@ -93,7 +94,7 @@ PARTS_OF_THE_GRID = [c for c in COMMANDS if c.startswith("python benchmark/learn
 @pytest.mark.parametrize("command", PARTS_OF_THE_GRID)
 def test_commands_for_parts_of_the_grid(command, no_pictures, monkeypatch, capsys, tmp_path):
     """They begin the runs that they name, with flags that the scripts take, once, and print their tables. What stands
-    in for the runs here is made up; test_benchmark_commands trains some of the grid."""
+    in for the runs here is made up, but for the names of metrics; test_benchmark_commands trains some of the grid."""
     begun, lock = [], threading.Lock()
 
     def train(script, flags, run_dir, *rest, **options):
@@ -101,7 +102,9 @@ def test_commands_for_parts_of_the_grid(command, no_pictures, monkeypatch, capsy
         with lock:  # tyro is not made for threads
             begun.append(args := tyro.cli(module.Args, args=flags))
         run_dir.mkdir(parents=True)
-        rows = [dict.fromkeys(module.METRICS, str(args.seed + 10 * len(args.credit) + more)) for more in (0, 1)]
+        metrics = re.findall(r'"((?:charts|decomposer|time)/\w+)"', (ROOT / script).read_text())
+        metrics += ["wall_time", "losses/entropy"]
+        rows = [dict.fromkeys(metrics, str(args.seed + 10 * len(args.credit) + more)) for more in (0, 1)]
         summary = {"eval/episodic_return": 1.0, "random/episodic_return": 0.5, "eval/episodic_length": 20.0}
         summary |= {"eval/treasure_rate": 1.0, "global_step": 9, "wall_time": 7.0}
         return [row | {"global_step": step} for row, step in zip(rows, "59")], summary
@@ -166,13 +169,17 @@ def test_no_other_commands():
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python evaluate.py")])
-def test_evaluation_commands(command, run_script, no_pictures, tmp_path):
-    assert run_script(f"{TINY[MPE]} --run-dir RUN_DIR", MPE)[0] == 0
+def test_evaluation_commands(command, run_script, tmp_path):
+    for folder in ("RUN_DIR", "OTHER", "runs/newest"):
+        assert run_script(f"{TINY[MPE]} --run-dir {folder}", MPE)[0] == 0
     shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints")
     _, program, *flags = shlex.split(command)
-    flags += [] if "--episodes" in flags else ["--episodes", "10"]
-    result = subprocess.run([sys.executable, str(ROOT / program), *flags], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0 and "10 episodes" in result.stdout, result.stderr
+    few = ["--episodes", "10"] if "--episodes" in flags else []  # the last of two flags counts
+    command = [sys.executable, str(ROOT / program), *flags, *few]
+    env = os.environ | {"SDL_VIDEODRIVER": "dummy"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert result.returncode == 0 and "drawn: " in result.stdout, result.stderr
+    assert bool(few) == ("over 10 episodes" in result.stdout)
 
 
 def test_the_map_from_the_paper_to_the_code_points_at_the_right_lines():
@@ -187,7 +194,8 @@ def test_every_flag_and_file_that_is_named_exists():
     sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")])
     both = README + BENCHMARKS
     assert not re.search(r"@\w+@", both)  # a place left to fill in
-    others = {"help", "logdir", "index-url", "nproc-per-node"}
+    others = {"help", "logdir", "index-url", "nproc-per-node"}  # of other programs
+    others |= {"own-share"}  # of the scripts that made some of the results
     for name in set(re.findall(r"(?<!\w)--([a-z][a-z-]+[a-z])", both)) - others:
         assert re.search(rf"\b{name.removeprefix('no-').replace('-', '_')}: ", sources), f"--{name} is no flag"
     for name in re.findall(r"`((?:benchmark|envs|tests|assets)/[\w./]*|\w+\.(?:py|txt|cff|toml))`", both):
