@@ -6,15 +6,11 @@ python evaluate.py checkpoints/spread_3_stas
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from run_folder import COUNTERS, fail, load_run  # noqa: E402
 
 
 @dataclass
@@ -22,18 +18,20 @@ class Args:
     run_dir: tyro.conf.Positional[Path]  # folder of a run
     folder: tyro.conf.Positional[Path]  # folder to make
 
+    def __post_init__(self):
+        if not (self.run_dir / "checkpoint.pt").exists():
+            raise ValueError(f"RUN_DIR {self.run_dir}: must have a checkpoint.pt")
+        if self.folder.exists():
+            raise ValueError(f"FOLDER {self.folder}: must be a new folder")
+
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    _, config, checkpoint = load_run(args.run_dir, "RUN_DIR")
-    if checkpoint is None:
-        fail(f"RUN_DIR {args.run_dir}: must have a checkpoint.pt")
-    try:
-        args.folder.mkdir(parents=True)
-    except OSError as error:
-        fail(f"FOLDER {args.folder}: must be a new folder ({error.strerror})")
-    shutil.copy(args.run_dir / "metrics.csv", args.folder)  # which evaluate.py draws
+    checkpoint = torch.load(args.run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    config = json.loads((args.run_dir / "config.json").read_text())
     config["flags"] |= {"run_dir": None, "resume": None}
+    args.folder.mkdir(parents=True)
+    shutil.copy(args.run_dir / "metrics.csv", args.folder)  # which evaluate.py draws
     (args.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    kept = {"agent", "decomposer", *COUNTERS} & set(checkpoint)
+    kept = {"agent", "decomposer", "iteration", "global_step", "wall_time"} & set(checkpoint)
     torch.save({name: checkpoint[name] for name in sorted(kept)}, args.folder / "checkpoint.pt")

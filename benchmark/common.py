@@ -11,10 +11,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import scipy.stats
+import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = (ROOT / "benchmark" / "results").resolve()
@@ -125,8 +128,16 @@ def resumable(run_dir: Path) -> bool:
     """Whether `run_dir` holds a run of this commit, ended or not, and no script differs from it now."""
     if not (run_dir / "checkpoint.pt").exists():
         return False
-    git = subprocess.run(COMMIT, shell=True, cwd=ROOT, capture_output=True, text=True)
-    return json.loads((run_dir / "config.json").read_text())["git_commit"] == git.stdout.strip()
+    commit = subprocess.run(COMMIT, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    began = json.loads((run_dir / "config.json").read_text())["git_commit"]
+    return commit != "" and began.removesuffix("-dirty") == commit  # files that do not train may have been changed
+
+
+def load_run(run_dir: Path, script: ModuleType) -> tuple:
+    """The flags and the checkpoint of a run of `script`."""
+    flags = json.loads((run_dir / "config.json").read_text())["flags"] | {"run_dir": None, "resume": None}
+    args = script.Args(**{field.name: flags[field.name] for field in fields(script.Args) if field.name in flags})
+    return args, torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
 
 
 def late(metrics: list[dict], name: str) -> float | str:

@@ -121,6 +121,7 @@ PARTS = HEADLINE[2:]  # rows with fewer seeds than TASKS say
 SEEDS = dict.fromkeys(((task, row) for task in TASKS for row in PARTS), 3)
 SEEDS |= {("spread 3", "STAS-ML"): 5, ("spread 3", "stas, coalition all"): 6, ("tag 3", "episodic, equal time"): 5}
 SEEDS |= dict.fromkeys((("tag 3, lambda 1", row) for row in ("stas, coalition all", "episodic, equal time")), 6)
+PAST = ("stas, half shared", "stas, shared equally")  # there are results of them, but the flag is gone
 KEYS = ("task", "row", "flags", "threads", "seed")  # the columns of learning.csv that tell runs apart
 FOUND = 0.9  # the treasure rate in Alice & Bob that counts as learned
 
@@ -129,8 +130,8 @@ FOUND = 0.9  # the treasure rate in Alice & Bob that counts as learned
 class Args:
     tasks: list[Literal[tuple(TASKS)]] = field(default_factory=lambda: GRID)
     """tasks to run; tables are made of all that there are results of"""
-    rows: list[Literal[tuple(ROWS)]] = field(
-        default_factory=lambda: [r for r in ROWS if "share" not in r and r not in SETTINGS]
+    rows: list[Literal[tuple(row for row in ROWS if row not in PAST)]] = field(
+        default_factory=lambda: [row for row in ROWS if row not in (*PAST, *SETTINGS)]
     )
     """rows of each table"""
     seeds: list[int] = field(default_factory=list)

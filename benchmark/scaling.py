@@ -20,7 +20,7 @@ import tyro
 from common import RESULTS, ROOT, append, late, missing, rates_in_turns, read, train
 
 sys.path.insert(0, str(ROOT))
-import stas_ippo_pettingzoo as script  # noqa: E402
+import stas_ippo_pettingzoo_torchrun as script  # noqa: E402
 from envs import pettingzoo  # noqa: E402
 
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -115,10 +115,10 @@ def traffic() -> tuple[int, int]:
     agent, decomposer = script.make_networks(args, script.make_env(args, 1))
     weights = [sum(weights.numel() for weights in network.parameters()) for network in (decomposer, agent)]
     minibatches = args.update_epochs * args.num_minibatches
-    # Gradients and the size of the batch in float32; of advantages the sum and the count, then the squares, in float64;
-    # of every iteration three sums of the episodes and the number of signals.
-    sums = args.decomposer_updates + 3 * minibatches + 2
-    size = args.decomposer_updates * 4 * (weights[0] + 1) + minibatches * (4 * (weights[1] + 1) + 16 + 8) + 24 + 8
+    # Of every update gradients and the loss; of PPO's, which has six losses, also the size of the batch and two moments
+    # of the advantages; of every iteration three sums of the episodes, the unexplained variance, the number of signals.
+    sums = 2 * args.decomposer_updates + 5 * minibatches + 3
+    size = args.decomposer_updates * 4 * (weights[0] + 1) + minibatches * 4 * (weights[1] + 1 + 2 + 6) + 24 + 4 + 8
     return sums, size
 
 

@@ -14,14 +14,12 @@ from types import SimpleNamespace
 import matplotlib.figure
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from common import RESULTS, ROOT, check_flags, draw_ranges, in_processes, missing, read
 
 sys.path.insert(0, str(ROOT))
-from evaluate import explained_variance
 from stas_ippo_mpe import Args as Flags
-from stas_ippo_mpe import Decomposer
+from stas_ippo_mpe import Decomposer, explained_variance, update_decomposer
 from stas_ml_ippo_mpe import MLDecomposer
 
 STAS, ML = "stas_ippo_mpe.py", "stas_ml_ippo_mpe.py"
@@ -79,16 +77,14 @@ def play_game(script: str, kind: str, num_agents: int, seed: int, updates: int) 
     scale = episodes(10_000)[-1].sum(dim=(1, 2)).std()
     build, num_layers = (Decomposer, 1) if script == STAS else (MLDecomposer, 2)
     env = SimpleNamespace(obs_dim=1, num_actions=5, num_agents=num_agents, horizon=steps, continuous=False)
-    decomposer = build(Flags(emb_dim=32, num_layers=num_layers), env)
+    flags = Flags(emb_dim=32, num_layers=num_layers, reward_scale=scale.item())
+    decomposer = build(flags, env)
     optimizer = torch.optim.Adam(decomposer.parameters(), lr=3e-3)
     for update in range(updates):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - update / updates)
         obs, act, valid, true = episodes(128)
-        predicted = decomposer(obs, act, valid).sum(dim=(1, 2))
-        loss = F.mse_loss(predicted, true.sum(dim=(1, 2)) / scale)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        batch = {"obs": obs, "act": act, "valid": valid, "team_return": true.sum(dim=(1, 2))}
+        update_decomposer(flags, decomposer, optimizer, batch)
     obs, act, valid, true = episodes(4000)
     noiseless = build(Flags(emb_dim=32, num_layers=num_layers, coalition="exact"), env)
     noiseless.load_state_dict(decomposer.state_dict())

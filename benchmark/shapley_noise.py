@@ -15,10 +15,10 @@ import matplotlib.figure
 import numpy as np
 import torch
 import tyro
-from common import RESULTS, ROOT, check_flags, draw_ranges, in_processes, missing, read, run_all, train
+from common import RESULTS, ROOT, check_flags, draw_ranges, in_processes, load_run, missing, read, run_all, train
 
 sys.path.insert(0, str(ROOT))
-from run_folder import load_run
+import stas_ippo_mpe
 from stas_ippo_mpe import Decomposer, make_env, make_networks, sample_coalitions
 
 
@@ -45,7 +45,7 @@ def load_states(run_dir: Path, count: int) -> tuple[Decomposer, torch.Tensor, fl
 
     The states are (count, N, D).
     """
-    args, _, checkpoint = load_run(run_dir, "RUN_DIR")
+    args, checkpoint = load_run(run_dir, stas_ippo_mpe)
     _, decomposer = make_networks(args, make_env(args, num_envs=1))
     decomposer.load_state_dict(checkpoint["decomposer"])
     torch.manual_seed(0)

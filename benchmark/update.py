@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from common import RESULTS, ROOT, append, missing, read
 
 sys.path.insert(0, str(ROOT))
 from stas_ippo_mpe import Args as Flags
-from stas_ippo_mpe import Decomposer, make_env
+from stas_ippo_mpe import Decomposer, make_env, update_decomposer
 
 SAMPLES = (1, 5, 10)  # coalitions
 
@@ -38,20 +37,17 @@ class Args:
 
 def updater(num_agents: int, samples: int):
     """update() makes one update of a new decomposer on random episodes of `spread`, and returns its milliseconds."""
-    args = Flags(num_agents=num_agents, mc_samples=samples)
+    args = Flags(num_agents=num_agents, mc_samples=samples, reward_scale=1.0)
     env = make_env(args, args.decomposer_batch_size)
     E, T, N = env.num_envs, env.horizon, env.num_agents
-    obs, act = torch.randn(E, T, N, env.obs_dim), torch.randint(env.num_actions, (E, T, N))
-    valid, returns = torch.ones(E, T, dtype=torch.bool), torch.randn(E)
+    batch = {"obs": torch.randn(E, T, N, env.obs_dim), "act": torch.randint(env.num_actions, (E, T, N))}
+    batch |= {"valid": torch.ones(E, T, dtype=torch.bool), "team_return": torch.randn(E)}
     decomposer = Decomposer(args, env)
     optimizer = torch.optim.Adam(decomposer.parameters(), lr=args.decomposer_lr, fused=True)
 
     def update() -> float:
         start = time.perf_counter()
-        loss = F.mse_loss(decomposer(obs, act, valid).sum(dim=(1, 2)), returns)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        update_decomposer(args, decomposer, optimizer, batch)
         return 1000 * (time.perf_counter() - start)
 
     return update
