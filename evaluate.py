@@ -128,7 +128,6 @@ def draw_credits(path: Path, credits: np.ndarray, leftover: float | None, reward
         side.axis("off")
     else:
         side.bar(0, leftover, color="tab:orange")
-        side.axhline(0, color="black", linewidth=0.5)
         side.set(xlim=(-1, 1), xticks=[0], xticklabels=["leftover"])
     figure.savefig(path, dpi=120)
 
@@ -151,6 +150,7 @@ def draw_run(run_dir: Path, script: ModuleType, args, agent, decomposer, rows: l
     """Write learning_curve.png, credit.png and, if the environment has pictures, episode.gif; returns their names."""
     draw_learning_curve(run_dir / "learning_curve.png", rows)
     env, frames = script.make_parallel_env(args, "rgb_array"), []
+    torch.manual_seed(seed)
     episode = play_episode(env, agent, seed, frames)
     env.close()
     credits = script.decompose(args, decomposer, episode)
@@ -177,7 +177,8 @@ def draw_run(run_dir: Path, script: ModuleType, args, agent, decomposer, rows: l
 def main(flags: EvaluateArgs) -> None:
     if flags.episodes is not None and flags.episodes < 1:
         fail(f"--episodes {flags.episodes}: must be at least 1")
-    run_dir = flags.run_dir or max(Path("runs").glob("*/"), key=os.path.getmtime, default=Path("runs"))
+    newest = max(Path("runs").glob("*/config.json"), key=os.path.getmtime, default=Path("runs/none"))
+    run_dir = flags.run_dir or newest.parent
     weights = flags.checkpoint or run_dir / "checkpoint.pt"
     for path in (run_dir / "config.json", weights, run_dir / "metrics.csv"):
         if not path.exists():
@@ -192,12 +193,11 @@ def main(flags: EvaluateArgs) -> None:
         agent.load_state_dict(state["agent"])
         if decomposer is not None:
             decomposer.load_state_dict(state["decomposer"])
-    except (ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # torch raises many kinds
         fail(f"{weights}: must fit {run_dir}/config.json and {script.__file__} ({error})")
     with open(run_dir / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     seed, summary = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0]) // 2, {}
-    torch.manual_seed(seed)
     if flags.render:
         env = script.make_parallel_env(args, "human")
         for i in range(flags.episodes or 3):

@@ -41,7 +41,7 @@ from torch.distributions import Beta, Categorical, Independent
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import EnvFailure, pettingzoo
+from envs.pettingzoo import EnvFailure, PettingZooEnv, make_uniform_env
 
 
 @dataclass
@@ -123,13 +123,13 @@ class Args:
 
 def make_env(args, num_envs: int, device: str | torch.device = "cpu"):
     """The environments to learn in, by the protocol of envs/__init__.py."""
-    make_one = partial(pettingzoo.make_parallel_env, args.env_id, args.horizon, args.env_kwargs)
-    return pettingzoo.PettingZooEnv(make_one, num_envs, device, args.env_workers)
+    make_one = partial(make_uniform_env, args.env_id, args.horizon, args.env_kwargs)
+    return PettingZooEnv(make_one, num_envs, device, args.env_workers)
 
 
 def make_parallel_env(args, render_mode: str | None = None):
     """The environment to be evaluated on."""
-    return pettingzoo.make_parallel_env(args.env_id, args.horizon, args.env_kwargs, render_mode)
+    return make_uniform_env(args.env_id, args.horizon, args.env_kwargs, render_mode)
 
 
 def sample_coalitions(kind: str, num_samples: int, batch: int, num_agents: int, device="cpu") -> tuple:
@@ -367,8 +367,8 @@ def make_networks(args, env) -> tuple[nn.Module, nn.Module | None]:
     decomposer = Decomposer(args, env) if args.credit in ("stas", "temporal") else None
     # What an agent does not have: an action gets the logit -inf; a dimension the distribution Beta(1, 1), which adds
     # nothing to log-probabilities and entropies, and the decomposer sees 0 there instead of what was drawn.
-    lacks = ~env.action_mask.repeat(1, 1 + env.continuous)  # (N, K), K the actor's outputs
-    agent.actor.register_forward_hook(lambda _, inputs, outputs: outputs.masked_fill(lacks, -torch.inf))
+    agent.actor.register_buffer("lacks", ~env.action_mask.repeat(1, 1 + env.continuous), persistent=False)
+    agent.actor.register_forward_hook(lambda actor, inputs, outputs: outputs.masked_fill(actor.lacks, -torch.inf))
     if decomposer is not None and env.continuous:
         decomposer.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1] * env.action_mask, inputs[2]))
     return agent, decomposer
@@ -483,7 +483,7 @@ def centred_correlation(x: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -
 
 def evaluate(args, agent: nn.Module, num_episodes: int) -> dict[str, float]:
     """Team returns of whole episodes on PettingZoo: eval/... of the agents, random/... of uniformly random actions."""
-    env = pettingzoo.PettingZooEnv(lambda: make_parallel_env(args), num_episodes)
+    env = PettingZooEnv(lambda: make_parallel_env(args), num_episodes)
     at_random, _ = make_networks(args, env)
     nn.init.zeros_(at_random.actor.layers[-1].weight)  # all logits are the same, and the parameters of Beta are 1
     nn.init.constant_(at_random.actor.layers[-1].bias, -1e3)
@@ -529,7 +529,7 @@ if __name__ == "__main__":
         env = make_env(args, args.num_envs, device)
         agent, decomposer = make_networks(args, env)
         agent.to(device)
-        if args.resume is None:  # only played, to meet returns and what is wrong with the environment or the horizon
+        if args.resume is None or args.reward_scale is None:  # only played, to meet returns and what is wrong with it
             untrained = rollout(env, agent, np.random.SeedSequence((args.seed, 0)).generate_state(1).item())
     except (ValueError, EnvFailure) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -52,7 +52,7 @@ from torch.distributions import Beta, Categorical, Independent
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import EnvFailure, pettingzoo
+from envs.pettingzoo import EnvFailure, PettingZooEnv, make_uniform_env
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -136,13 +136,13 @@ class Args:
 
 def make_env(args, num_envs: int, device: str | torch.device = "cpu"):
     """The environments to learn in, by the protocol of envs/__init__.py."""
-    make_one = partial(pettingzoo.make_parallel_env, args.env_id, args.horizon, args.env_kwargs)
-    return pettingzoo.PettingZooEnv(make_one, num_envs, device, args.env_workers)
+    make_one = partial(make_uniform_env, args.env_id, args.horizon, args.env_kwargs)
+    return PettingZooEnv(make_one, num_envs, device, args.env_workers)
 
 
 def make_parallel_env(args, render_mode: str | None = None):
     """The environment to be evaluated on."""
-    return pettingzoo.make_parallel_env(args.env_id, args.horizon, args.env_kwargs, render_mode)
+    return make_uniform_env(args.env_id, args.horizon, args.env_kwargs, render_mode)
 
 
 def sample_coalitions(kind: str, num_samples: int, batch: int, num_agents: int, device="cpu") -> tuple:
@@ -380,8 +380,8 @@ def make_networks(args, env) -> tuple[nn.Module, nn.Module | None]:
     decomposer = Decomposer(args, env) if args.credit in ("stas", "temporal") else None
     # What an agent does not have: an action gets the logit -inf; a dimension the distribution Beta(1, 1), which adds
     # nothing to log-probabilities and entropies, and the decomposer sees 0 there instead of what was drawn.
-    lacks = ~env.action_mask.repeat(1, 1 + env.continuous)  # (N, K), K the actor's outputs
-    agent.actor.register_forward_hook(lambda _, inputs, outputs: outputs.masked_fill(lacks, -torch.inf))
+    agent.actor.register_buffer("lacks", ~env.action_mask.repeat(1, 1 + env.continuous), persistent=False)
+    agent.actor.register_forward_hook(lambda actor, inputs, outputs: outputs.masked_fill(actor.lacks, -torch.inf))
     if decomposer is not None and env.continuous:
         decomposer.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1] * env.action_mask, inputs[2]))
     return agent, decomposer
@@ -439,7 +439,7 @@ def update_decomposer_together(args, decomposer, optimizer, batch: dict[str, tor
     loss.backward()
     sum_gradients(decomposer)
     optimizer.step()
-    return total(loss.detach())
+    return loss.detach()
 
 
 def update_agent_together(args, agent, optimizer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -469,7 +469,7 @@ def update_agent_together(args, agent, optimizer, batch: dict[str, torch.Tensor]
     losses = {"value_loss": value_loss, "policy_loss": policy_loss, "entropy": entropy}
     losses |= {"old_approx_kl": -(weight * logratio).sum(), "approx_kl": (weight * ((ratio - 1) - logratio)).sum()}
     losses |= {"clipfrac": (weight * ((ratio - 1).abs() > args.clip_coef)).sum()}
-    return dict(zip(losses, total(torch.stack([loss.detach() for loss in losses.values()]))))
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def explained_variance(predicted: torch.Tensor, true: torch.Tensor) -> float:
@@ -487,7 +487,7 @@ def centred_correlation(x: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -
 
 def evaluate(args, agent: nn.Module, num_episodes: int) -> dict[str, float]:
     """Team returns of whole episodes on PettingZoo: eval/... of the agents, random/... of uniformly random actions."""
-    env = pettingzoo.PettingZooEnv(lambda: make_parallel_env(args), num_episodes)
+    env = PettingZooEnv(lambda: make_parallel_env(args), num_episodes)
     at_random, _ = make_networks(args, env)
     nn.init.zeros_(at_random.actor.layers[-1].weight)  # all logits are the same, and the parameters of Beta are 1
     nn.init.constant_(at_random.actor.layers[-1].bias, -1e3)
@@ -539,7 +539,7 @@ if __name__ == "__main__":
         env = make_env(args, args.num_envs, device)
         agent, decomposer = make_networks(args, env)
         agent.to(device)
-        if args.resume is None:  # only played, to meet returns and what is wrong with the environment or the horizon
+        if args.resume is None or args.reward_scale is None:  # only played, to meet returns and what is wrong with it
             learner_seed, env_seed = np.random.SeedSequence((args.seed, 0, RANK)).generate_state(2).tolist()
             torch.manual_seed(learner_seed)
             untrained = rollout(env, agent, env_seed)
@@ -637,7 +637,7 @@ if __name__ == "__main__":
             for _ in range(math.ceil(share * args.decomposer_updates)):
                 batch = buffer.sample(args.decomposer_batch_size)
                 losses.append(update_decomposer_together(args, decomposer, decomposer_optimizer, batch).clone())
-            metrics["decomposer/loss"] = torch.stack(losses).mean().item() * args.reward_scale**2
+            metrics["decomposer/loss"] = total(torch.stack(losses).mean()).item() * args.reward_scale**2
 
         # 4. Decompose the fresh episodes' returns into credits; pay the leftover.
         credits = decompose(args, decomposer, episodes)  # (E, T, N)
@@ -662,6 +662,7 @@ if __name__ == "__main__":
                 for k in range(num_minibatches):
                     batch = {name: values[k] for name, values in shuffled.items()} | {"ent_coef": ent_coef}
                     losses = update_agent_together(args, agent, agent_optimizer, batch)
+                losses = dict(zip(losses, total(torch.stack(list(losses.values())))))  # of all processes
                 if args.target_kl is not None and losses["approx_kl"] > args.target_kl:
                     break
             metrics |= {f"losses/{name}": loss.item() for name, loss in losses.items()}  # of the last minibatch
@@ -674,15 +675,15 @@ if __name__ == "__main__":
             sys.exit(f"error: a loss is not finite in iteration {iteration}; the last checkpoint is kept")
 
         # Stop or save together.
-        stopped += [128 + signal.SIGTERM] * (total(torch.tensor(len(stopped), device=device)).item() > len(stopped))
-        saves = stopped or global_step >= args.total_timesteps or iteration % args.checkpoint_every == 0
+        stops = total(torch.tensor(len(stopped), device=device)).item() > 0
+        saves = stops or global_step >= args.total_timesteps or iteration % args.checkpoint_every == 0
         if saves and decomposer is not None:
             buffers = [buffer.state_dict()] * WORLD_SIZE
             if WORLD_SIZE > 1:
                 dist.gather_object(buffers[RANK], buffers if RANK == 0 else None)
         if RANK > 0:
-            if stopped:
-                sys.exit(stopped[0])
+            if stops:
+                sys.exit((stopped or [128 + signal.SIGTERM])[0])
             continue
 
         # How well do credits tell when? How much do they vary with the coalitions drawn (in 32 episodes)?
@@ -721,10 +722,10 @@ if __name__ == "__main__":
             state |= {"iteration": iteration, "global_step": global_step, "wall_time": wall_time, "rows": rows}
             torch.save(state, run_dir / "checkpoint.tmp")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
-        if stopped:
+        if stops:
             start = f"torchrun --nproc-per-node {WORLD_SIZE} {sys.argv[0]}"
             print(f"stopped; to continue: {start} --resume {run_dir}", file=sys.stderr)
-            sys.exit(stopped[0])
+            sys.exit((stopped or [128 + signal.SIGTERM])[0])
 
     # Evaluate.
     if RANK > 0:

@@ -115,10 +115,12 @@ def traffic() -> tuple[int, int]:
     agent, decomposer = script.make_networks(args, script.make_env(args, 1))
     weights = [sum(weights.numel() for weights in network.parameters()) for network in (decomposer, agent)]
     minibatches = args.update_epochs * args.num_minibatches
-    # Of every update gradients and the loss; of PPO's, which has six losses, also the size of the batch and two moments
-    # of the advantages; of every iteration three sums of the episodes, the unexplained variance, the number of signals.
-    sums = 2 * args.decomposer_updates + 5 * minibatches + 3
-    size = args.decomposer_updates * 4 * (weights[0] + 1) + minibatches * 4 * (weights[1] + 1 + 2 + 6) + 24 + 4 + 8
+    # Of every update gradients; of PPO's also the size of the batch and two moments of the advantages; of every epoch
+    # its six losses; of every iteration the decomposer's loss, three sums of episodes, the unexplained variance, and
+    # the number of signals.
+    sums = args.decomposer_updates + 4 * minibatches + args.update_epochs + 4
+    size = 4 * (args.decomposer_updates * weights[0] + minibatches * (weights[1] + 3) + 6 * args.update_epochs + 2)
+    size += 3 * 8 + 8
     return sums, size
 
 

@@ -331,10 +331,10 @@ def uniform(env: ParallelEnv) -> UniformEnv:
 
 def make(env_id: str, num_envs: int, horizon: int, device="cpu", num_workers: int = 0, **env_kwargs) -> PettingZooEnv:
     """A batched environment of copies of `env_id`.parallel_env(**env_kwargs)."""
-    return PettingZooEnv(partial(make_parallel_env, env_id, horizon, env_kwargs), num_envs, device, num_workers)
+    return PettingZooEnv(partial(make_uniform_env, env_id, horizon, env_kwargs), num_envs, device, num_workers)
 
 
-def make_parallel_env(env_id: str, horizon: int, env_kwargs: dict | str, render_mode: str | None = None) -> UniformEnv:
+def make_uniform_env(env_id: str, horizon: int, env_kwargs: dict | str, render_mode: str | None = None) -> UniformEnv:
     """One copy; without pictures if the environment has none, which is told."""
     if render_mode is not None:
         try:

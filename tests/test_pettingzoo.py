@@ -1,5 +1,6 @@
 """Copies of PettingZoo environments as a batched environment, and a run in several processes."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -487,6 +488,8 @@ def updates_are_those_of_one_process(rank: int) -> None:
         losses = update_agent(args, agent, optimizers[0], batch)
         batch = {name: values[some[1]] for name, values in stored.items()}
         losses |= {"decomposer": update_decomposer(args, decomposer, optimizers[1], batch)}
+        if module is together:  # each process has its part of a loss
+            losses = {name: together.total(loss) for name, loss in losses.items()}
         results.append(losses | dict(agent.named_parameters()) | dict(decomposer.named_parameters()))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -501,6 +504,14 @@ DRIVER = f"""
 import atexit, os, runpy, torch, traceback
 rank = os.environ["RANK"]
 open("pid-" + rank, "w").write(str(os.getpid()))
+if os.environ.get("LATE") == rank:  # a signal that comes just after the third sum of signals, which are whole numbers
+    all_reduce, sums = torch.distributed.all_reduce, []
+    def late(values):
+        all_reduce(values)
+        sums.extend([values] * (values.dtype == torch.int64))
+        if len(sums) == 3 and values is sums[-1]:
+            os.kill(os.getpid(), 15)
+    torch.distributed.all_reduce = late
 atexit.register(lambda: print("all threads ended:", not torch.distributed.is_initialized()))
 try:
     end = runpy.run_path({str(ROOT / TORCHRUN)!r}, run_name="__main__")
@@ -511,21 +522,40 @@ torch.save(end["agent"].state_dict() | end["decomposer"].state_dict(), "weights-
 """
 
 
-def torchrun(flags: str, folder) -> subprocess.Popen:
-    """The script with two processes, each of which leaves its number and its weights in the folder."""
-    (folder / "driver.py").write_text(DRIVER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["driver.py", *TINY[TORCHRUN].split(), *"--no-anneal-lr --no-anneal-ent".split(), *flags.split()]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+@pytest.fixture
+def torchrun(tmp_path):
+    """torchrun("--flag value ...") begins the script in tmp_path with two processes, which leave their numbers and
+    weights there, and end with the test."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+    runs = []
+
+    def begin(flags: str, **variables: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += ["driver.py", *TINY[TORCHRUN].split(), *"--no-anneal-lr --no-anneal-ent".split(), *flags.split()]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+        runs.append(subprocess.Popen(command, cwd=tmp_path, env=env, **options))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if run.poll() is None:
+            for path in tmp_path.glob("pid-*"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(path.read_text()), signal.SIGKILL)
+            run.kill()
 
 
-def test_a_run_of_two_processes_that_loses_one_resumes_to_the_digit(tmp_path):
-    part = torchrun("--checkpoint-every 1 --run-dir part --total-timesteps 2000000", tmp_path)
-    csv_file = tmp_path / "part" / "metrics.csv"
+def wait_for_rows(run: subprocess.Popen, csv_file) -> None:
+    """Until two iterations have ended."""
     while not (csv_file.exists() and len(csv_file.read_text().splitlines()) > 2):
-        assert part.poll() is None, part.stdout.read()
+        assert run.poll() is None, run.stdout.read()
         time.sleep(0.02)
+
+
+def test_a_run_of_two_processes_that_loses_one_resumes_to_the_digit(torchrun, tmp_path):
+    part = torchrun("--checkpoint-every 1 --run-dir part --total-timesteps 2000000")
+    wait_for_rows(part, tmp_path / "part" / "metrics.csv")
     os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
     part.communicate(timeout=60)
     assert part.returncode != 0
@@ -534,7 +564,7 @@ def test_a_run_of_two_processes_that_loses_one_resumes_to_the_digit(tmp_path):
     steps = 400 * (len(read_metrics(tmp_path / "part")) + 2)
     weights = []
     for flags in ("--resume part", "--run-dir whole"):
-        run = torchrun(f"{flags} --total-timesteps {steps}", tmp_path)
+        run = torchrun(f"{flags} --total-timesteps {steps}")
         output, _ = run.communicate(timeout=180)
         assert run.returncode == 0 and output.count("all threads ended: True") == 2, output
         weights += [torch.load(tmp_path / f"weights-{rank}.pt") for rank in range(2)]
@@ -547,16 +577,17 @@ def test_a_run_of_two_processes_that_loses_one_resumes_to_the_digit(tmp_path):
     assert result.returncode == 2 and "must be continued by 2 processes" in result.stderr
 
 
-def test_two_processes_stop_together_at_a_signal_to_one(tmp_path):
-    run = torchrun("--checkpoint-every 1000 --run-dir run --total-timesteps 2000000", tmp_path)
-    csv_file = tmp_path / "run" / "metrics.csv"
-    while not (csv_file.exists() and len(csv_file.read_text().splitlines()) > 2):
-        assert run.poll() is None, run.stdout.read()
-        time.sleep(0.02)
-    os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGTERM)
+@pytest.mark.parametrize("when", ["at any time", "late"])
+def test_two_processes_stop_together_at_a_signal_to_one(when, torchrun, tmp_path):
+    """Also if it comes too late for the iteration in which it comes."""
+    flags = "--checkpoint-every 1000 --run-dir run --total-timesteps 2000000"
+    run = torchrun(flags, LATE="1") if when == "late" else torchrun(flags)
+    if when == "at any time":
+        wait_for_rows(run, tmp_path / "run" / "metrics.csv")
+        os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGTERM)
     output, _ = run.communicate(timeout=60)
     start = f"torchrun --nproc-per-node 2 {ROOT / TORCHRUN}"
-    assert f"stopped; to continue: {start} --resume run" in output and "Traceback" not in output, output
+    assert f"stopped; to continue: {start} --resume run" in output, output
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["iteration"] == len(read_metrics(tmp_path / "run")) and len(saved["buffers"]) == 2
 

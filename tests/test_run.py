@@ -374,7 +374,7 @@ ALIVE = {
     "decomposer_batch_size": "9",
     "decomposer_updates": "3",
     "outcome": "no",
-    "buffer_size": "10",
+    "buffer_size": "4",
     "learning_starts": "9",
     "reward_scale": "30",
 }
@@ -401,7 +401,8 @@ def flag(name: str, value: str) -> str:
 
 
 def test_every_flag_that_shapes_learning_changes_what_is_learned(script, run_script, tiny, tmp_path):
-    base = f"{tiny} --learning-rate 0.01 --clip-coef 0.1"  # large enough to clip values and ratios
+    base = tiny.replace("--total-timesteps 600", "--total-timesteps 400")
+    base += " --learning-rate 0.01 --clip-coef 0.1"  # large enough to clip values and ratios
     changes = [("base", ""), *ALIVE.items()]
     changes += [("credit", kind) for kind in ("temporal", "uniform", "episodic", "dense")]
     changes += [("coalition", kind) for kind in ("permutation", "exact", "all")]
