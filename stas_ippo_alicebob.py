@@ -92,7 +92,7 @@ class Args:
     decomposer_lr: float = 1e-3  # learning rate of the decomposer (Adam)
     decomposer_batch_size: int = 32  # episodes per decomposer update
     decomposer_updates: int = 16  # decomposer updates per iteration
-    fewer_updates: bool = True  # down to half of them, the more of fresh returns beyond 90% is explained
+    fewer_updates: bool = False  # down to half of them, the more of fresh returns beyond 90% is explained
     buffer_size: int = 16_384  # episodes the replay buffer holds
     learning_starts: int = 0  # episodes collected before the policy learns from those of an iteration
     reward_scale: float = 100.0  # divides returns and PPO's rewards; all logs are in raw units

@@ -103,7 +103,7 @@ class Args:
     decomposer_lr: float = 3e-3  # learning rate of the decomposer (Adam)
     decomposer_batch_size: int = 32  # episodes per decomposer update
     decomposer_updates: int = 32  # decomposer updates per iteration
-    fewer_updates: bool = True  # down to half of them, the more of fresh returns beyond 90% is explained
+    fewer_updates: bool = False  # down to half of them, the more of fresh returns beyond 90% is explained
     buffer_size: int = 16_384  # episodes the replay buffer holds
     learning_starts: int = 0  # episodes collected before the policy learns from those of an iteration
     reward_scale: float | None = None  # divides returns and PPO's rewards; logs are in raw units (None: 10; 50 in push)

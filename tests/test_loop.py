@@ -19,7 +19,8 @@ import envs.alice_bob
 FLAGS = (
     "--num-threads 1 --emb-dim 8 --num-heads 2 --decomposer-batch-size 6 --decomposer-updates 3 --buffer-size 12 "
     "--num-envs 8 --num-minibatches 3 --update-epochs 3 --gamma 0.9 --gae-lambda 0.8 --adv-eps 0.5 --clip-coef 0.03 "
-    "--ent-coef 0.3 --vf-coef 0.7 --max-grad-norm 0.05 --learning-rate 0.003 --decomposer-lr 0.01 --eval-episodes 1"
+    "--ent-coef 0.3 --vf-coef 0.7 --max-grad-norm 0.05 --learning-rate 0.003 --decomposer-lr 0.01 --eval-episodes 1 "
+    "--fewer-updates"
 )
 GRID = "--env-id envs.alice_bob --horizon 40"
 STARTS = [(7, 4), (6, 6)]  # of Alice and Bob, near the treasure, so that episodes differ in length

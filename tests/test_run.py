@@ -431,7 +431,8 @@ def test_fewer_updates_where_returns_are_explained(script, run_script, tiny, tmp
     assert source.count(measured) == 1
     (tmp_path / "late.py").write_text(source.replace(measured, "0.01"))
     late = str(tmp_path / "late.py")
-    for name, flags, file in (("early", "", script), ("fewer", "", late), ("all", "--no-fewer-updates", late)):
+    fewer = "--fewer-updates"
+    for name, flags, file in (("early", fewer, script), ("fewer", fewer, late), ("all", "", late)):
         assert run_script(f"{tiny} {flags} --run-dir {name}", file)[0] == 0
     early, fewer, everything = (read_metrics(tmp_path / name) for name in ("early", "fewer", "all"))
     assert early == everything and early[0]["decomposer/loss"] != fewer[0]["decomposer/loss"]
