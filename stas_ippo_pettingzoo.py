@@ -663,7 +663,7 @@ if __name__ == "__main__":
         metrics["charts/SPS"] = round(global_step / wall_time)
         metrics = {name: value if math.isfinite(value) else "" for name, value in metrics.items()}
         rows.append({"iteration": iteration, "global_step": global_step, "wall_time": wall_time} | metrics)
-        if csv_writer is None or len(rows[-1]) > len(csv_writer.fieldnames):  # at first, and for new columns
+        if csv_writer is None or not rows[-1].keys() <= set(csv_writer.fieldnames):  # at first, and for new columns
             csv_file = open(run_dir / "metrics.csv", "w", newline="")
             csv_writer = csv.DictWriter(csv_file, list(dict.fromkeys(name for row in rows for name in row)))
             csv_writer.writeheader()
