@@ -12,16 +12,16 @@ when an episode ends. One iteration of the training loop, which is at the end of
   5. PPO: one actor and one critic serve all agents, told by a one-hot whom; each agent learns from its own credits.
 
 Axes stand in the order (episode E, time T, agent N, feature). O is the size of an observation, A of a continuous
-action, D of an embedding; H heads, M coalitions, B any batch, S the valid steps of all episodes.
+action, D of an embedding; H heads, M coalitions, B any batch.
 """
 
-import argparse
 import csv
 import importlib.metadata
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -39,7 +39,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs.mpe import make, make_pettingzoo
-from envs.pettingzoo import PettingZooEnv
+from envs.pettingzoo import side_by_side
 
 
 @dataclass
@@ -102,7 +102,6 @@ class Args:
     decomposer_lr: float = 3e-3  # learning rate of the decomposer (Adam)
     decomposer_batch_size: int = 32  # episodes per decomposer update
     decomposer_updates: int = 32  # decomposer updates per iteration
-    fewer_updates: bool = False  # down to half of them, the more of fresh returns beyond 90% is explained
     buffer_size: int = 16_384  # episodes the replay buffer holds
     learning_starts: int = 0  # episodes collected before the policy learns from those of an iteration
     reward_scale: float | None = None  # divides returns and PPO's rewards; logs are in raw units (None: 10; 50 in push)
@@ -220,11 +219,9 @@ class Decomposer(nn.Module):
         self.embedding = nn.Sequential(*hidden) if args.embedding == "mlp" else nn.Linear(inputs, D)
         self.position = nn.Parameter(torch.zeros(env.horizon, D))
         age = torch.arange(env.horizon).unsqueeze(1) - torch.arange(env.horizon)  # (T, T), of what a step looks back on
-        unseen = (age < 0) | (age >= (args.attention_window or env.horizon))
-        self.register_buffer("unseen", unseen, persistent=False)
-        options = dict(dim_feedforward=2 * D, dropout=0.0, batch_first=True, norm_first=True)
-        layers = (nn.TransformerEncoderLayer(D, args.num_heads, **options) for _ in range(args.num_layers))
-        self.temporal = nn.ModuleList(layers)
+        self.register_buffer("unseen", (age < 0) | (age >= (args.attention_window or env.horizon)), persistent=False)
+        options = dict(nhead=args.num_heads, dim_feedforward=2 * D, dropout=0.0, batch_first=True, norm_first=True)
+        self.temporal = nn.ModuleList(nn.TransformerEncoderLayer(D, **options) for _ in range(args.num_layers))
         for layer in self.temporal:  # at first a step passes as it is: the past comes in where it pays
             for weights in (*layer.self_attn.out_proj.parameters(), *layer.linear2.parameters()):
                 nn.init.zeros_(weights)
@@ -291,8 +288,10 @@ class ReplayBuffer:
     def add(self, **episodes: torch.Tensor) -> None:
         for name, rows in episodes.items():
             rows = rows[-self.capacity :].to(self.device)
-            if name not in self.data:
-                self.data[name] = rows.new_zeros((self.capacity, *rows.shape[1:]))
+            stored, size = self.data.get(name, rows[:0]), min(self.count + len(rows), self.capacity)
+            if size > len(stored):  # there is room for twice as many then
+                room = min(2 * size, self.capacity) - len(stored)
+                self.data[name] = torch.cat((stored, rows.new_zeros((room, *rows.shape[1:]))))
             index = (self.count + torch.arange(len(rows), device=self.device)) % self.capacity
             self.data[name][index] = rows
         self.count += len(rows)
@@ -470,8 +469,7 @@ class CudaGraph:
 
 def explained_variance(predicted: torch.Tensor, true: torch.Tensor) -> float:
     """1 - Var(true - predicted) / Var(true); nan if `true` is constant."""
-    variance = true.var(correction=0)
-    return (1 - (true - predicted).var(correction=0) / variance).item() if variance > 0 else math.nan
+    return (1 - (true - predicted).var(correction=0) / (true.var(correction=0) or math.nan)).item()
 
 
 def centred_correlation(x: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -> float:
@@ -483,7 +481,7 @@ def centred_correlation(x: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -
 
 def evaluate(args, agent: nn.Module, num_episodes: int) -> dict[str, float]:
     """Team returns of whole episodes on PettingZoo: eval/... of the agents, random/... of uniformly random actions."""
-    env = PettingZooEnv(lambda: make_parallel_env(args), num_episodes)
+    env = side_by_side(lambda: make_parallel_env(args), num_episodes)
     at_random, _ = make_networks(args, env)
     nn.init.zeros_(at_random.actor.layers[-1].weight)  # all logits are the same, and the parameters of Beta are 1
     nn.init.constant_(at_random.actor.layers[-1].bias, -1e3)
@@ -492,20 +490,18 @@ def evaluate(args, agent: nn.Module, num_episodes: int) -> dict[str, float]:
     summary: dict[str, float] = {}
     for who, player in (("eval", agent), ("random", at_random)):
         episodes = rollout(env, player, seed)
-        returns, lengths = episodes["team_reward"].sum(dim=1), episodes["valid"].sum(dim=1).float()
+        valid, returns = episodes["valid"], episodes["team_reward"].sum(dim=1)
         figures = {"episodic_return": returns.mean(), "episodic_return_std": returns.std(correction=0)}
-        figures |= {"episodic_length": lengths.mean(), "terminated": env.terminated.float().mean()}
-        summary |= {f"{who}/{name}": value.item() for name, value in figures.items()} | {
-            f"{who}/episodes": num_episodes
-        }
+        figures |= {"episodic_length": valid.sum(dim=1).float().mean(), "terminated": env.terminated.float().mean()}
+        figures["episodes"] = valid[:, 0].sum()
+        summary |= {f"{who}/{name}": value.item() for name, value in figures.items()}
     return summary
 
 
 if __name__ == "__main__":
     # Flags. Those of a run to resume are the defaults.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    resume, saved = parser.parse_known_args()[0].resume, {}
+    words = [word for text in sys.argv[1:] for word in text.split("=", 1)]
+    resume, saved = dict(zip(words, words[1:])).get("--resume"), {}
     if resume is not None and os.path.exists(f"{resume}/config.json"):
         saved = json.loads(Path(resume, "config.json").read_text())["flags"] | {"run_dir": None, "resume": None}
     args = tyro.cli(Args, default=Args(**{f.name: saved[f.name] for f in fields(Args) if f.name in saved}))
@@ -535,11 +531,16 @@ if __name__ == "__main__":
         decomposer_optimizer = torch.optim.Adam(decomposer.to(device).parameters(), **adam | {"lr": adam["lr"].clone()})
         buffer = ReplayBuffer(args.buffer_size, device)
         parts |= {"decomposer": decomposer, "decomposer_optimizer": decomposer_optimizer, "buffer": buffer}
+    names = list(vars(args))[list(vars(args)).index("conserve") : list(vars(args)).index("learning_starts")]
+    if decomposer is None and (idle := [name for name in changed if name in names]):
+        print(f"without effect as --credit is {args.credit}: {', '.join(idle)}")
     if device.type == "cuda":
         update_agent, update_decomposer = CudaGraph(update_agent), CudaGraph(update_decomposer)
     iteration, global_step, wall_time, rows = 0, 0, 0.0, []
     if args.resume and (run_dir / "checkpoint.pt").exists():
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+        if lacking := {"rows", *parts} - {*checkpoint}:
+            sys.exit(f"error: --resume {run_dir}: must have a checkpoint with {', '.join(sorted(lacking))}")
         iteration, global_step, wall_time = (checkpoint[name] for name in ("iteration", "global_step", "wall_time"))
         rows = checkpoint["rows"]  # of metrics.csv
         for name, part in parts.items():
@@ -549,11 +550,12 @@ if __name__ == "__main__":
     if args.track:
         import wandb
 
-        names = dict(name=run_dir.name, id=re.sub(r"[^\w-]", "-", run_dir.name), project=args.wandb_project_name)
-        wandb.init(**names, entity=args.wandb_entity, resume="allow", config=vars(args), sync_tensorboard=True)
+        run = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name[-128:], resume="allow")
+        wandb.init(**run, id=re.sub(r"[^\w-]", "-", run["name"]), config=vars(args), sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
     (run_dir / os.path.basename(__file__)).write_text(Path(__file__).read_text())
-    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
+    folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+    git = f"git -C {folder} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pettingzoo", "mpe2", "tyro")}
     config = {"script": os.path.basename(__file__), "git_commit": os.popen(git).read().strip(), "versions": versions}
     (run_dir / "config.tmp").write_text(json.dumps(config | {"flags": vars(args)}, indent=2) + "\n")
@@ -593,15 +595,13 @@ if __name__ == "__main__":
         if decomposer is not None:
             predicted = decompose(args, decomposer, episodes).sum(dim=(1, 2))  # before it is trained on these episodes
             metrics["decomposer/explained_variance"] = explained_variance(predicted, team_return)
-            act = episodes["act"].half() if env.continuous else episodes["act"].short()
+            act = episodes["act"].half() if env.continuous else episodes["act"].int()
             buffer.add(obs=episodes["obs"].half(), act=act, valid=valid, team_return=team_return)
 
             # 3. Fit the decomposer to the returns of stored episodes.
             decomposer_optimizer.param_groups[0]["lr"].fill_(args.decomposer_lr * (remaining if args.anneal_lr else 1))
-            unexplained = 1 - metrics["decomposer/explained_variance"]
-            share = np.clip(unexplained / 0.1, 0.5, 1) if args.fewer_updates and unexplained < 1 else 1
             losses = []
-            for _ in range(math.ceil(share * args.decomposer_updates)):
+            for _ in range(args.decomposer_updates):
                 batch = buffer.sample(args.decomposer_batch_size)
                 losses.append(update_decomposer(args, decomposer, decomposer_optimizer, batch).clone())
             metrics["decomposer/loss"] = torch.stack(losses).mean().item() * args.reward_scale**2
@@ -618,11 +618,8 @@ if __name__ == "__main__":
             advantages, returns = compute_gae(scaled, episodes["value"], valid, args.gamma, args.gae_lambda)
             used = valid if device.type == "cpu" else torch.ones_like(valid)  # a CUDA graph's shapes stay the same
             steps = {name: episodes[name][used] for name in ("inputs", "act", "logprob", "value")}  # (S, ...)
-            steps |= {
-                "advantage": advantages[used],
-                "return": returns[used],
-                "weight": valid[used].unsqueeze(1).float(),
-            }
+            more = {"advantage": advantages, "return": returns, "weight": valid.unsqueeze(2).float()}
+            steps |= {name: values[used] for name, values in more.items()}
             for _ in range(args.update_epochs):
                 order = torch.randperm(len(steps["act"]), device=device)
                 shuffled = {name: values[order].chunk(args.num_minibatches) for name, values in steps.items()}
@@ -657,12 +654,11 @@ if __name__ == "__main__":
         metrics = {name: value if math.isfinite(value) else "" for name, value in metrics.items()}
         rows.append({"iteration": iteration, "global_step": global_step, "wall_time": wall_time} | metrics)
         if csv_writer is None or not rows[-1].keys() <= set(csv_writer.fieldnames):  # at first, and for new columns
-            csv_file = open(run_dir / "metrics.csv", "w", newline="")
+            csv_file = open(run_dir / "metrics.csv", "w", newline="", buffering=1)
             csv_writer = csv.DictWriter(csv_file, list(dict.fromkeys(name for row in rows for name in row)))
             csv_writer.writeheader()
             csv_writer.writerows(rows[:-1])
         csv_writer.writerow(rows[-1])
-        csv_file.flush()
         for name, value in metrics.items():
             if value != "":
                 writer.add_scalar(name, value, global_step)
@@ -674,8 +670,8 @@ if __name__ == "__main__":
             if bar.disable:  # as the output is no terminal
                 print(f"step {global_step:,}: return {metrics['charts/episodic_return']:.2f}", flush=True)
             writer.flush()
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"iteration": iteration, "global_step": global_step, "wall_time": wall_time, "rows": rows}
+            state = {name: part.state_dict() for name, part in parts.items()} | {"rows": rows}
+            state |= {"iteration": iteration, "global_step": global_step, "wall_time": wall_time}
             torch.save(state, run_dir / "checkpoint.tmp")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
         if stopped:

@@ -1,4 +1,4 @@
-"""STAS + independent PPO on any PettingZoo ParallelEnv, in several processes, each with episodes of its own.
+"""STAS + independent PPO on any environment by name, in several processes, each with episodes of its own.
 
     torchrun --nproc-per-node 2 stas_ippo_pettingzoo_torchrun.py --env-id mpe2.simple_speaker_listener_v4 --horizon 25
 
@@ -22,10 +22,9 @@ when an episode ends. One iteration of the training loop, which is at the end of
   5. PPO: one actor and one critic serve all agents, told by a one-hot whom; each agent learns from its own credits.
 
 Axes stand in the order (episode E, time T, agent N, feature). O is the size of an observation, A of a continuous
-action, D of an embedding; H heads, M coalitions, B any batch, S the valid steps of all episodes.
+action, D of an embedding; H heads, M coalitions, B any batch.
 """
 
-import argparse
 import atexit
 import csv
 import importlib.metadata
@@ -33,12 +32,12 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +51,8 @@ from torch.distributions import Beta, Categorical, Independent
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs.pettingzoo import EnvFailure, PettingZooEnv, make_uniform_env
+from envs import EnvFailure
+from envs.pettingzoo import apply_mask, check_memory, make_batched, make_single, side_by_side
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -72,10 +72,11 @@ class Args:
     checkpoint_every: int = 20  # iterations between two checkpoints
     eval_episodes: int = 100  # episodes of the final evaluation
 
-    env_id: str = "mpe2.simple_reference_v3"  # [the environment] a module with parallel_env, or PettingZoo's id
-    env_kwargs: str = "{}"  # options of parallel_env, a JSON object, such as '{"local_ratio": 0.5}'
-    horizon: int = 25  # steps of an episode; the environment's own limit must not come before it
-    env_workers: int = 0  # processes that play the environments (0: this one)
+    env_id: str = "mpe2.simple_reference_v3"  # [the environment] module with parallel_env or batched_env; PettingZoo id
+    env_kwargs: str = "{}"  # its options, a JSON object, such as '{"local_ratio": 0.5}'
+    horizon: int | None = None  # steps of an episode, at most the environment's own limit (None: 25; batched: its own)
+    truncation_ends: bool = False  # an episode that its environment truncates before the horizon is over, no error
+    env_workers: int = 0  # processes that play copies of a ParallelEnv (0: this one)
 
     total_timesteps: int = 600_000  # [PPO] environment steps (joint actions) to train for
     num_envs: int = 128  # episodes per iteration, played side by side
@@ -112,7 +113,6 @@ class Args:
     decomposer_lr: float = 3e-3  # learning rate of the decomposer (Adam)
     decomposer_batch_size: int = 32  # episodes per decomposer update
     decomposer_updates: int = 32  # decomposer updates per iteration
-    fewer_updates: bool = False  # down to half of them, the more of fresh returns beyond 90% is explained
     buffer_size: int = 16_384  # episodes the replay buffer holds
     learning_starts: int = 0  # episodes collected before the policy learns from those of an iteration
     reward_scale: float | None = None  # divides returns and PPO's rewards (None: deviation of the first returns)
@@ -136,13 +136,13 @@ class Args:
 
 def make_env(args, num_envs: int, device: str | torch.device = "cpu"):
     """The environments to learn in, by the protocol of envs/__init__.py."""
-    make_one = partial(make_uniform_env, args.env_id, args.horizon, args.env_kwargs)
-    return PettingZooEnv(make_one, num_envs, device, args.env_workers)
+    names = args.env_id, args.env_kwargs, num_envs, args.horizon, device, args.env_workers, args.truncation_ends
+    return make_batched(*names)
 
 
 def make_parallel_env(args, render_mode: str | None = None):
     """The environment to be evaluated on."""
-    return make_uniform_env(args.env_id, args.horizon, args.env_kwargs, render_mode)
+    return make_single(args.env_id, args.env_kwargs, args.horizon, args.truncation_ends, render_mode)
 
 
 def sample_coalitions(kind: str, num_samples: int, batch: int, num_agents: int, device="cpu") -> tuple:
@@ -224,11 +224,9 @@ class Decomposer(nn.Module):
         self.embedding = nn.Sequential(*hidden) if args.embedding == "mlp" else nn.Linear(inputs, D)
         self.position = nn.Parameter(torch.zeros(env.horizon, D))
         age = torch.arange(env.horizon).unsqueeze(1) - torch.arange(env.horizon)  # (T, T), of what a step looks back on
-        unseen = (age < 0) | (age >= (args.attention_window or env.horizon))
-        self.register_buffer("unseen", unseen, persistent=False)
-        options = dict(dim_feedforward=2 * D, dropout=0.0, batch_first=True, norm_first=True)
-        layers = (nn.TransformerEncoderLayer(D, args.num_heads, **options) for _ in range(args.num_layers))
-        self.temporal = nn.ModuleList(layers)
+        self.register_buffer("unseen", (age < 0) | (age >= (args.attention_window or env.horizon)), persistent=False)
+        options = dict(nhead=args.num_heads, dim_feedforward=2 * D, dropout=0.0, batch_first=True, norm_first=True)
+        self.temporal = nn.ModuleList(nn.TransformerEncoderLayer(D, **options) for _ in range(args.num_layers))
         for layer in self.temporal:  # at first a step passes as it is: the past comes in where it pays
             for weights in (*layer.self_attn.out_proj.parameters(), *layer.linear2.parameters()):
                 nn.init.zeros_(weights)
@@ -295,8 +293,10 @@ class ReplayBuffer:
     def add(self, **episodes: torch.Tensor) -> None:
         for name, rows in episodes.items():
             rows = rows[-self.capacity :].to(self.device)
-            if name not in self.data:
-                self.data[name] = rows.new_zeros((self.capacity, *rows.shape[1:]))
+            stored, size = self.data.get(name, rows[:0]), min(self.count + len(rows), self.capacity)
+            if size > len(stored):  # there is room for twice as many then
+                room = min(2 * size, self.capacity) - len(stored)
+                self.data[name] = torch.cat((stored, rows.new_zeros((room, *rows.shape[1:]))))
             index = (self.count + torch.arange(len(rows), device=self.device)) % self.capacity
             self.data[name][index] = rows
         self.count += len(rows)
@@ -378,12 +378,7 @@ def make_networks(args, env) -> tuple[nn.Module, nn.Module | None]:
         raise ValueError("--coalition exact: must be another with more than 8 agents")
     agent = (ContinuousActorCritic if env.continuous else ActorCritic)(args, env)
     decomposer = Decomposer(args, env) if args.credit in ("stas", "temporal") else None
-    # What an agent does not have: an action gets the logit -inf; a dimension the distribution Beta(1, 1), which adds
-    # nothing to log-probabilities and entropies, and the decomposer sees 0 there instead of what was drawn.
-    agent.actor.register_buffer("lacks", ~env.action_mask.repeat(1, 1 + env.continuous), persistent=False)
-    agent.actor.register_forward_hook(lambda actor, inputs, outputs: outputs.masked_fill(actor.lacks, -torch.inf))
-    if decomposer is not None and env.continuous:
-        decomposer.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1] * env.action_mask, inputs[2]))
+    apply_mask(env, agent.actor, decomposer)  # what an observation says is forbidden gets the logit -inf
     return agent, decomposer
 
 
@@ -474,8 +469,7 @@ def update_agent_together(args, agent, optimizer, batch: dict[str, torch.Tensor]
 
 def explained_variance(predicted: torch.Tensor, true: torch.Tensor) -> float:
     """1 - Var(true - predicted) / Var(true); nan if `true` is constant."""
-    variance = true.var(correction=0)
-    return (1 - (true - predicted).var(correction=0) / variance).item() if variance > 0 else math.nan
+    return (1 - (true - predicted).var(correction=0) / (true.var(correction=0) or math.nan)).item()
 
 
 def centred_correlation(x: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -> float:
@@ -487,7 +481,7 @@ def centred_correlation(x: torch.Tensor, y: torch.Tensor, valid: torch.Tensor) -
 
 def evaluate(args, agent: nn.Module, num_episodes: int) -> dict[str, float]:
     """Team returns of whole episodes on PettingZoo: eval/... of the agents, random/... of uniformly random actions."""
-    env = PettingZooEnv(lambda: make_parallel_env(args), num_episodes)
+    env = side_by_side(lambda: make_parallel_env(args), num_episodes)
     at_random, _ = make_networks(args, env)
     nn.init.zeros_(at_random.actor.layers[-1].weight)  # all logits are the same, and the parameters of Beta are 1
     nn.init.constant_(at_random.actor.layers[-1].bias, -1e3)
@@ -496,20 +490,18 @@ def evaluate(args, agent: nn.Module, num_episodes: int) -> dict[str, float]:
     summary: dict[str, float] = {}
     for who, player in (("eval", agent), ("random", at_random)):
         episodes = rollout(env, player, seed)
-        returns, lengths = episodes["team_reward"].sum(dim=1), episodes["valid"].sum(dim=1).float()
+        valid, returns = episodes["valid"], episodes["team_reward"].sum(dim=1)
         figures = {"episodic_return": returns.mean(), "episodic_return_std": returns.std(correction=0)}
-        figures |= {"episodic_length": lengths.mean(), "terminated": env.terminated.float().mean()}
-        summary |= {f"{who}/{name}": value.item() for name, value in figures.items()} | {
-            f"{who}/episodes": num_episodes
-        }
+        figures |= {"episodic_length": valid.sum(dim=1).float().mean(), "terminated": env.terminated.float().mean()}
+        figures["episodes"] = valid[:, 0].sum()
+        summary |= {f"{who}/{name}": value.item() for name, value in figures.items()}
     return summary
 
 
 if __name__ == "__main__":
     # Flags. Those of a run to resume are the defaults.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    resume, saved = parser.parse_known_args()[0].resume, {}
+    words = [word for text in sys.argv[1:] for word in text.split("=", 1)]
+    resume, saved = dict(zip(words, words[1:])).get("--resume"), {}
     if resume is not None and os.path.exists(f"{resume}/config.json"):
         saved = json.loads(Path(resume, "config.json").read_text())["flags"] | {"run_dir": None, "resume": None}
     args = tyro.cli(Args, default=Args(**{f.name: saved[f.name] for f in fields(Args) if f.name in saved}))
@@ -539,6 +531,7 @@ if __name__ == "__main__":
         env = make_env(args, args.num_envs, device)
         agent, decomposer = make_networks(args, env)
         agent.to(device)
+        check_memory(args, env, device)
         if args.resume is None or args.reward_scale is None:  # only played, to meet returns and what is wrong with it
             learner_seed, env_seed = np.random.SeedSequence((args.seed, 0, RANK)).generate_state(2).tolist()
             torch.manual_seed(learner_seed)
@@ -548,9 +541,11 @@ if __name__ == "__main__":
         sys.exit(2)
     if args.reward_scale is None:
         returns = untrained["team_reward"].sum(dim=1).double()
-        mean = total(returns.mean() / WORLD_SIZE)
-        deviation = total((returns - mean).square().mean() / WORLD_SIZE).sqrt().float().item()
-        args.reward_scale = deviation if 1e-5 < deviation < 1e9 else 1.0
+        mean = total(returns.mean() / WORLD_SIZE).item()
+        deviation = math.sqrt(total((returns - mean).square().mean() / WORLD_SIZE).item())
+        args.reward_scale = deviation if deviation > 1e-6 * abs(mean) else 1.0
+        if RANK == 0:
+            print(f"returns before training: {mean:.3g} +- {deviation:.3g}, so --reward-scale {args.reward_scale:.3g}")
     adam = {"lr": torch.tensor(0.0, device=device), "fused": True, "capturable": True}
     agent_optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, **adam)
     parts = {"agent": agent, "agent_optimizer": agent_optimizer}
@@ -558,11 +553,16 @@ if __name__ == "__main__":
         decomposer_optimizer = torch.optim.Adam(decomposer.to(device).parameters(), **adam | {"lr": adam["lr"].clone()})
         buffer = ReplayBuffer(args.buffer_size, device)
         parts |= {"decomposer": decomposer, "decomposer_optimizer": decomposer_optimizer, "buffer": buffer}
-    iteration, global_step, wall_time, rows = 0, 0, 0.0, []
+    names = list(vars(args))[list(vars(args)).index("conserve") : list(vars(args)).index("learning_starts")]
+    if decomposer is None and (idle := [name for name in changed if name in names]):
+        print(f"without effect as --credit is {args.credit}: {', '.join(idle)}")
+    iteration, global_step, wall_time, baseline, rows = 0, 0, 0.0, None, []
     if args.resume and (run_dir / "checkpoint.pt").exists():
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+        if lacking := {"rows", "processes", *parts} - {*checkpoint, "buffer"}:
+            sys.exit(f"error: --resume {run_dir}: must have a checkpoint with {', '.join(sorted(lacking))}")
         iteration, global_step, wall_time = (checkpoint[name] for name in ("iteration", "global_step", "wall_time"))
-        rows = checkpoint["rows"]  # of metrics.csv
+        baseline, rows = checkpoint.get("baseline", torch.zeros(env.horizon, 1, device=device)), checkpoint["rows"]
         if checkpoint["processes"] != WORLD_SIZE:
             print(f"--resume {run_dir}: must be continued by {checkpoint['processes']} processes", file=sys.stderr)
             sys.exit(2)
@@ -577,11 +577,12 @@ if __name__ == "__main__":
     if args.track:
         import wandb
 
-        names = dict(name=run_dir.name, id=re.sub(r"[^\w-]", "-", run_dir.name), project=args.wandb_project_name)
-        wandb.init(**names, entity=args.wandb_entity, resume="allow", config=vars(args), sync_tensorboard=True)
+        run = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name[-128:], resume="allow")
+        wandb.init(**run, id=re.sub(r"[^\w-]", "-", run["name"]), config=vars(args), sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
     (run_dir / os.path.basename(__file__)).write_text(Path(__file__).read_text())
-    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
+    folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+    git = f"git -C {folder} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pettingzoo", "mpe2", "tyro")}
     config = {"script": os.path.basename(__file__), "git_commit": os.popen(git).read().strip(), "versions": versions}
     (run_dir / "config.tmp").write_text(json.dumps(config | {"flags": vars(args)}, indent=2) + "\n")
@@ -589,7 +590,7 @@ if __name__ == "__main__":
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None if RANK == 0 else True)
     csv_writer, start_time = None, time.time() - wall_time
-    sys.stdout.writelines(f"{remark}\n" for remark in env.remarks() if RANK == 0)
+    sys.stdout.writelines(f"{remark}\n" for remark in getattr(env, "remarks", list)() if RANK == 0)
 
     # At Ctrl-C or SIGTERM an iteration ends and is saved; the second one ends at once.
     stopped: list[int] = []
@@ -624,17 +625,16 @@ if __name__ == "__main__":
         if decomposer is not None:
             predicted = decompose(args, decomposer, episodes).sum(dim=(1, 2))  # before it is trained on these episodes
             metrics["decomposer/explained_variance"] = explained_variance(predicted, team_return)
-            act = episodes["act"].half() if env.continuous else episodes["act"].short()
+            act = episodes["act"].half() if env.continuous else episodes["act"].int()
             buffer.add(obs=episodes["obs"].half(), act=act, valid=valid, team_return=team_return)
 
             # 3. Fit the decomposer to the returns of stored episodes.
+            if iteration == 1:  # from equal shares of the mean return on: a large constant is hard to learn
+                share = metrics["charts/episodic_return"] / metrics["charts/episodic_length"] / env.num_agents
+                nn.init.constant_(decomposer.head.bias, share / args.reward_scale / decomposer.scale)
             decomposer_optimizer.param_groups[0]["lr"].fill_(args.decomposer_lr * (remaining if args.anneal_lr else 1))
-            unexplained = (
-                total(1 - torch.tensor(metrics["decomposer/explained_variance"], device=device)).item() / WORLD_SIZE
-            )
-            share = np.clip(unexplained / 0.1, 0.5, 1) if args.fewer_updates and unexplained < 1 else 1
             losses = []
-            for _ in range(math.ceil(share * args.decomposer_updates)):
+            for _ in range(args.decomposer_updates):
                 batch = buffer.sample(args.decomposer_batch_size)
                 losses.append(update_decomposer_together(args, decomposer, decomposer_optimizer, batch).clone())
             metrics["decomposer/loss"] = total(torch.stack(losses).mean()).item() * args.reward_scale**2
@@ -648,13 +648,15 @@ if __name__ == "__main__":
         # 5. Independent PPO on these rewards, over the S valid steps of all episodes.
         if iteration * args.num_envs * WORLD_SIZE >= args.learning_starts:
             scaled = rewards / args.reward_scale
-            advantages, returns = compute_gae(scaled, episodes["value"], valid, args.gamma, args.gae_lambda)
+            if baseline is None:  # what followed each step on average, for good: the critic learns what differs from it
+                followed, _ = compute_gae(scaled, torch.zeros_like(scaled), valid, args.gamma, 1.0)  # (E, T, N)
+                count = total(valid.float().sum(dim=0)).clamp(min=1)
+                baseline = (total(followed.sum(dim=(0, 2))) / env.num_agents / count).unsqueeze(1)  # (T, 1)
+            values = episodes["value"] + baseline
+            advantages, returns = compute_gae(scaled, values, valid, args.gamma, args.gae_lambda)
             steps = {name: episodes[name][valid] for name in ("inputs", "act", "logprob", "value")}  # (S, ...)
-            steps |= {
-                "advantage": advantages[valid],
-                "return": returns[valid],
-                "weight": valid[valid].unsqueeze(1).float(),
-            }
+            more = {"advantage": advantages, "return": returns - baseline, "weight": valid.unsqueeze(2).float()}
+            steps |= {name: values[valid] for name, values in more.items()}
             num_minibatches = min(args.num_minibatches, args.num_envs)  # as many in all processes
             for _ in range(args.update_epochs):
                 order = torch.randperm(len(steps["act"]), device=device)
@@ -667,7 +669,7 @@ if __name__ == "__main__":
                     break
             metrics |= {f"losses/{name}": loss.item() for name, loss in losses.items()}  # of the last minibatch
             metrics["losses/value_loss"] *= args.reward_scale**2
-            metrics["losses/explained_variance"] = explained_variance(episodes["value"][valid], returns[valid])
+            metrics["losses/explained_variance"] = explained_variance(values[valid], returns[valid])
         metrics["time/ppo"] = time.time() - clock
 
         # Neither log nor save what a loss that is not finite has done to the weights.
@@ -700,12 +702,11 @@ if __name__ == "__main__":
         metrics = {name: value if math.isfinite(value) else "" for name, value in metrics.items()}
         rows.append({"iteration": iteration, "global_step": global_step, "wall_time": wall_time} | metrics)
         if csv_writer is None or not rows[-1].keys() <= set(csv_writer.fieldnames):  # at first, and for new columns
-            csv_file = open(run_dir / "metrics.csv", "w", newline="")
+            csv_file = open(run_dir / "metrics.csv", "w", newline="", buffering=1)
             csv_writer = csv.DictWriter(csv_file, list(dict.fromkeys(name for row in rows for name in row)))
             csv_writer.writeheader()
             csv_writer.writerows(rows[:-1])
         csv_writer.writerow(rows[-1])
-        csv_file.flush()
         for name, value in metrics.items():
             if value != "":
                 writer.add_scalar(name, value, global_step)
@@ -718,8 +719,13 @@ if __name__ == "__main__":
                 print(f"step {global_step:,}: return {metrics['charts/episodic_return']:.2f}", flush=True)
             writer.flush()
             state = {name: part.state_dict() for name, part in parts.items() if name != "buffer"}
-            state |= {"processes": WORLD_SIZE, "buffers": buffers if decomposer is not None else []}
-            state |= {"iteration": iteration, "global_step": global_step, "wall_time": wall_time, "rows": rows}
+            state |= {
+                "baseline": baseline,
+                "rows": rows,
+                "processes": WORLD_SIZE,
+                "buffers": buffers if decomposer is not None else [],
+            }
+            state |= {"iteration": iteration, "global_step": global_step, "wall_time": wall_time}
             torch.save(state, run_dir / "checkpoint.tmp")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
         if stops:
@@ -737,4 +743,4 @@ if __name__ == "__main__":
     writer.close()
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     scores = f"return {summary['eval/episodic_return']:.2f} (random team {summary['random/episodic_return']:.2f})"
-    print(f"{scores} on PettingZoo over {args.eval_episodes} episodes; to draw it: python evaluate.py {run_dir}")
+    print(f"{scores} over {args.eval_episodes} episodes; to draw it: python evaluate.py {run_dir}")

@@ -116,10 +116,9 @@ def traffic() -> tuple[int, int]:
     weights = [sum(weights.numel() for weights in network.parameters()) for network in (decomposer, agent)]
     minibatches = args.update_epochs * args.num_minibatches
     # Of every update gradients; of PPO's also the size of the batch and two moments of the advantages; of every epoch
-    # its six losses; of every iteration the decomposer's loss, three sums of episodes, the unexplained variance, and
-    # the number of signals.
-    sums = args.decomposer_updates + 4 * minibatches + args.update_epochs + 4
-    size = 4 * (args.decomposer_updates * weights[0] + minibatches * (weights[1] + 3) + 6 * args.update_epochs + 2)
+    # its six losses; of every iteration the decomposer's loss, three sums of episodes, and the number of signals.
+    sums = args.decomposer_updates + 4 * minibatches + args.update_epochs + 3
+    size = 4 * (args.decomposer_updates * weights[0] + minibatches * (weights[1] + 3) + 6 * args.update_epochs + 1)
     size += 3 * 8 + 8
     return sums, size
 

@@ -28,6 +28,9 @@ Rules that every environment keeps:
 * The horizon is part of the task: nothing is worth anything after it. Stepping past it raises RuntimeError, and actions
   of another shape ValueError (`check_action`).
 * What `reset`, `step` and `observe` return are new tensors, which no later step changes: roll-outs keep them.
+* Action masks: an environment whose agents may not always do everything has `env.masked = True` and puts into the
+  observation, as its last `num_actions` numbers, what is allowed (1) and what is not (0). Where an agent has left, that
+  is one action only, 0 in copies of a ParallelEnv; with continuous actions a 0 says that a dimension has no effect.
 * State is kept in plain tensors that anyone may read or set; call `observe` afterwards.
 
 * Optional: `env.oracles()`, what learners must not see of the current state, by name, (E, N) each. A name that is a
@@ -42,8 +45,9 @@ A roll-out of whole episodes is then
         valid = ~env.terminated  # (E,), what counts of step t
         obs, team_reward, _ = env.step(policy(obs))
 
-For an environment of your own, write a class with these names, have `check_env(Mine(8))` try it, then follow "Your own
-environment" in the README.
+For an environment of your own, write a class with these names, and a function `batched_env(num_envs, device,
+**env_kwargs)` in a module that makes it: `python stas_ippo_pettingzoo.py --env-id MODULE` tries it by `check_env` and
+learns in it.
 """
 
 import torch
@@ -82,11 +86,15 @@ def check_env(env) -> None:
     start = obs = env.reset(seed=1)
     check_tensors(observations=obs, terminated=env.terminated)
     must(torch.equal(env.observe(), obs), "observe() must be of the current state")
-    mask = getattr(env, "action_mask", torch.ones(env.num_agents, env.num_actions)).cpu()  # PettingZooEnv has one
     reward = terminated = torch.zeros(0)
     for t in range(env.horizon):
         act = torch.rand(*shape, env.num_actions, generator=generator)
-        act = (act if env.continuous else (act * mask).argmax(dim=-1)).to(obs.device)
+        if getattr(env, "masked", False):
+            mask = obs[..., -env.num_actions :].cpu()
+            must(((mask == 0) | (mask == 1)).all(), "the mask at the end of observations must be 0 or 1")
+            must(env.continuous or mask.any(dim=-1).all(), "the mask must allow each agent an action")
+            act = act * mask
+        act = (act if env.continuous else act.argmax(dim=-1)).to(obs.device)
         over, last = env.terminated.clone(), (obs, reward, terminated)
         kept = [values.clone() for values in last]
         obs, reward, terminated = env.step(act)

@@ -22,7 +22,7 @@ class SingleEnv(ParallelEnv):
             raise ValueError(f"render_mode must be None, 'human' or 'rgb_array', got {render_mode!r}")
         self.env, self.render_mode, self.window = env, render_mode, None
         self.possible_agents = list(names) or [f"agent_{i}" for i in range(env.num_agents)]
-        self.agents, self.horizon = [], env.horizon
+        self.agents, self.horizon, self.masked = [], env.horizon, getattr(env, "masked", False)
         self.space = gymnasium.spaces.Box(-bound, bound, (env.obs_dim,), np.float32)
         box, count = gymnasium.spaces.Box, env.num_actions
         self.action_spaces = {

@@ -113,13 +113,13 @@ def walk(horizon=6, **options) -> UniformEnv:
 
 def test_unequal_spaces_are_made_alike():
     env = walk()
-    assert (env.obs_dim, env.num_actions, env.continuous) == (4, 4, False)
-    assert env.action_mask.tolist() == [[True] * 4, [True, True, False, False], [True, True, True, False]]
+    assert (env.obs_dim, env.num_actions, env.continuous, env.masked) == (8, 4, False, True)
     observed, _ = env.reset(seed=7)
-    assert [row.tolist() for row in observed.values()] == [[0] * 4, [1, 0, 0, 0], [7, 0, 0, 0]]
+    assert [row[:4].tolist() for row in observed.values()] == [[0] * 4, [1, 0, 0, 0], [7, 0, 0, 0]]
+    assert [row[4:].tolist() for row in observed.values()] == [[1] * 4, [1, 1, 0, 0], [1, 1, 1, 0]]  # what each has
     observed, rewards, ends, cuts, _ = env.step({"a": np.int64(2), "b": np.int64(0), "c": np.int64(0)})
-    np.testing.assert_allclose(observed["a"], [0.1] * 4, rtol=1e-6)
-    assert observed["b"].tolist() == [0, 1, 0, 0] and rewards == {"a": 3, "b": 0, "c": 0}
+    np.testing.assert_allclose(observed["a"], [0.1] * 4 + [1] * 4, rtol=1e-6)
+    assert observed["b"].tolist() == [0, 1, 0, 0, 1, 1, 0, 0] and rewards == {"a": 3, "b": 0, "c": 0}
     assert env.env.taken == [{"a": 2, "b": 5, "c": 0}]  # b's actions start at 5
     assert not any(ends.values()) and not any(cuts.values())
 
@@ -130,7 +130,8 @@ def test_an_agent_that_leaves_stays_as_it_was():
     still = dict.fromkeys("abc", 0)
     for _ in range(4):
         observed, rewards, ends, _, _ = env.step(still)
-    assert observed["b"].tolist() == [0, 0, 1, 0] and rewards["b"] == 0 and list(observed) == ["a", "b", "c"]
+    assert observed["b"].tolist() == [0, 0, 1, 0, 1, 0, 0, 0] and rewards["b"] == 0  # it may do action 0 only
+    assert list(observed) == ["a", "b", "c"] and observed["c"][4:].tolist() == [1, 1, 1, 0]
     assert list(env.env.taken[-1]) == ["a", "c"] and not any(ends.values()) and env.agents == ["a", "b", "c"]
 
 
@@ -158,7 +159,7 @@ def test_actions_from_zero_to_one_are_scaled_to_the_bounds():
 def test_a_batch_freezes_what_has_ended(workers):
     env = make(HERE, num_envs=3, horizon=6, num_workers=workers)
     obs = env.reset(seed=3)
-    assert obs.shape == (3, 3, 4) and len(set(obs[:, 2, 0].tolist())) > 1  # seeds of their own
+    assert obs.shape == (3, 3, 8) and len(set(obs[:, 2, 0].tolist())) > 1  # seeds of their own
     assert torch.equal(env.reset(seed=3), obs) and not torch.equal(env.reset(), obs)
     act = torch.zeros(3, 3, dtype=torch.int64)
     act[1, 0] = 1  # the second episode ends by its rules at the first step
@@ -195,7 +196,7 @@ def test_an_agent_that_has_ended_need_not_be_told_of_though_it_is_listed():
     env.reset(seed=1)
     for _ in range(4):
         observed = env.step(dict.fromkeys("abc", 0))[0]
-    assert env.agents == [] and observed["b"].tolist() == [0, 0, 1, 0]
+    assert env.agents == [] and observed["b"].tolist() == [0, 0, 1, 0, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -371,7 +372,7 @@ def test_the_policy_leaves_out_what_an_agent_does_not_have(box):
     env = make(HERE, num_envs=2, horizon=6, box=box)
     args = script_module.Args(emb_dim=8)
     agent, _ = script_module.make_networks(args, env)
-    obs = torch.rand(200, 3, 4)
+    obs = env.reset(seed=1)[0].expand(200, -1, -1)
     act, logprob, entropy, _ = agent.get_action_and_value(agent.get_inputs(obs, torch.zeros(200)))
     assert logprob.isfinite().all() and entropy.isfinite().all()
     outputs = agent.actor(torch.cat((obs, torch.eye(3).expand(200, -1, -1)), dim=-1))[:, 1]  # of b
@@ -391,17 +392,18 @@ def test_credits_do_not_depend_on_actions_that_an_agent_does_not_have():
     env = make(HERE, num_envs=2, horizon=6, box=True)
     _, decomposer = script_module.make_networks(script_module.Args(emb_dim=8, coalition="all"), env)
     torch.nn.init.ones_(decomposer.head.weight)
-    obs, act, valid = torch.rand(2, 6, 3, env.obs_dim), torch.rand(2, 6, 3, 2), torch.ones(2, 6, dtype=torch.bool)
-    credits = decomposer(obs, act, valid)
+    act, valid = torch.rand(2, 6, 3, 2), torch.ones(2, 6, dtype=torch.bool)
+    obs = env.reset(seed=1).unsqueeze(1).expand(-1, 6, -1, -1)
+    credits, has = decomposer(obs, act, valid), torch.tensor([[1, 1], [1, 0], [1, 1]], dtype=torch.bool)
     for missing in (True, False):
-        other = torch.where(env.action_mask ^ missing, 1 - act, act)
+        other = torch.where(has ^ missing, 1 - act, act)
         assert torch.equal(decomposer(obs, other, valid), credits) == missing
 
 
 BAD = {
     "--env-id nowhere": "must be a module or an id that PettingZoo knows (ModuleNotFoundError",
     "--env-id sisl/chase-v1": "must be a module or an id that PettingZoo knows (",
-    "--env-id json": "must be a module with a function parallel_env",
+    "--env-id json": "must be a module with a function parallel_env or batched_env",
     "--env-kwargs [1]": "must be a JSON object",
     "--env-kwargs {x": "must be a JSON object",
     '--env-kwargs {"wings":2}': "must be options of mpe2.simple_reference_v3",
