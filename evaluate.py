@@ -32,8 +32,8 @@ from torch.utils.tensorboard import SummaryWriter
 PANELS = {  # of learning_curve.png: column of metrics.csv, label
     "charts/episodic_return": "team return",
     "charts/treasure_rate": "treasure rate",
-    "decomposer/reward_correlation": "when: correlation of credits\nwith the true reward",
-    "decomposer/shapley_correlation": "who: correlation of credits\nwith exact Shapley values",
+    "decomposer/reward_correlation": "when: correlation of credits with\nthe true reward (1 = perfect)",
+    "decomposer/shapley_correlation": "who: correlation of credits with\nexact Shapley values (1 = perfect)",
 }
 
 
@@ -66,12 +66,12 @@ def load_script(run_dir: Path, name: str, path: Path | None) -> ModuleType:
 @torch.no_grad()
 def play_episode(env, agent, seed: int, frames: list | None = None) -> dict[str, torch.Tensor]:
     """One episode of a PettingZoo ParallelEnv, as `rollout` of the scripts returns it, E = 1: obs, act, team_reward,
-    valid and the environment's oracles. `frames` collects the picture of every state that has one."""
-    names, steps = env.possible_agents, []
+    valid and the environment's oracles. `frames` collects pictures, of 200 states at most."""
+    names, steps, every = env.possible_agents, [], math.ceil(getattr(env, "horizon", 1) / 200)  # steps a picture
 
     def look() -> None:
         with contextlib.suppress(Exception):  # whatever rendering code that is not ours raises
-            frame = np.asarray(env.render()) if frames is not None else None
+            frame = np.asarray(env.render()) if frames is not None and len(steps) % every == 0 else None
             if frame is not None and frame.dtype == np.uint8 and frame.ndim == 3:
                 frames.append(frame)
 
@@ -112,7 +112,7 @@ def draw_credits(path: Path, credits: np.ndarray, leftover: float | None, reward
     (top, corner), (heat, side) = figure.subplots(2, 2, sharex="col", **ratios)
     top.bar(range(T), reward, color="tab:gray")
     top.axhline(0, color="black", linewidth=0.5)
-    top.set_ylabel("true team\nreward")
+    top.set_ylabel("reward that\nnobody saw")
     figure.suptitle(title.replace("$", r"\$"), fontsize=10)
     limit = max(float(np.abs(credits).max()), 1e-8)
     image = heat.imshow(credits.T, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
@@ -122,13 +122,13 @@ def draw_credits(path: Path, credits: np.ndarray, leftover: float | None, reward
     for step, agent, text in marks if width == 1 else []:
         colour = "white" if abs(credits[step, agent]) > 0.6 * limit else "black"
         heat.text(step, agent, text.replace("$", r"\$"), ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, ax=heat, label="credit")
+    figure.colorbar(image, ax=heat, label="credit that each got")
     corner.axis("off")
     if leftover is None:
         side.axis("off")
     else:
         side.bar(0, leftover, color="tab:orange")
-        side.set(xlim=(-1, 1), xticks=[0], xticklabels=["leftover"])
+        side.set(xlim=(-1, 1), xticks=[0], xticklabels=[f"leftover\n{leftover:.2f}"])
     figure.savefig(path, dpi=120)
 
 

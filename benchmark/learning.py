@@ -31,6 +31,10 @@ ALICEBOB, MPE, ANY = "stas_ippo_alicebob.py", "stas_ippo_mpe.py", "stas_ippo_pet
 NEAREST_FIRST = '{"num_agent_neighbors":2,"num_landmark_neighbors":3}'
 SMALL_PURSUIT = '{"max_cycles":100,"x_size":10,"y_size":10,"n_evaders":10}'
 PURSUIT = f"--env-id pettingzoo.sisl.pursuit_v5 --env-kwargs {SMALL_PURSUIT} --horizon 100 --num-envs 16"
+VMAS, SMAX = (
+    """--env-id envs.vmas --env-kwargs {"scenario":"balance"}""",
+    """--env-id envs.smax --env-kwargs {"map":"3m"}""",
+)
 RELEASED = (  # the released code's settings in MPE, as far as there are flags for them, and the steps of its script
     "--num-envs 82 --total-timesteps 2050000 --no-nearest-first --learning-rate 1e-4 --gae-lambda 0.95 "
     "--num-minibatches 48 --clip-coef 0.5 --clip-vloss --max-grad-norm 10 --no-anneal-ent --embedding linear "
@@ -64,6 +68,8 @@ TASKS = {  # name: script, flags, seeds
         f"{PURSUIT} --buffer-size 2048 --attention-window 10 --gamma 0.99 --gae-lambda 0.95 --total-timesteps 60000",
         3,
     ),
+    "VMAS balance": (ANY, f"{VMAS} --num-envs 64 --gae-lambda 0.95 --total-timesteps 300000", 3),
+    "SMAX 3m": (ANY, f"{SMAX} --num-envs 64 --gae-lambda 0.95 --total-timesteps 150000", 3),
 }
 VARIANTS = {  # with other settings: the task of the grid
     "tag 3, lambda 1": "tag 3",
@@ -276,27 +282,19 @@ def scores_of(runs: list[dict], dense: list[dict]) -> list[float]:
 
 def table(rows: list[dict]) -> str:
     """The table of one task."""
-    head = "credit | seeds | return on PettingZoo | last training return | more than `episodic`"
-    head += (
-        " | the same, mean of training | of the way to `dense` | score | explained variance | *when* | *who* | seconds"
-    )
-    lines = [f"| {head} |", "|---" * 12 + "|"]
+    head = "credit (seeds) | return on PettingZoo | last training return | more than `episodic` (mean of training)"
+    lines = [f"| {head} | score | *when*, *who* |", "|---" * 6 + "|"]
     found = groups(rows)
     for name, runs in found.items():
         extra = name.removeprefix(runs[0]["row"])  # other flags are compared with rows of the same
         episodic, dense = (found.get(other + extra, []) for other in ("episodic", "dense"))
         cells = [interval(values(runs, column)) for column in ("return", "training_return")]
-        more = map(interval, gains(runs, episodic))
-        seeds = {row["seed"] for row in runs} & {row["seed"] for row in dense}
-        some = ([row for row in each if row["seed"] in seeds] for each in (runs, dense))
-        part, whole = (paired(each, episodic, "training_return") for each in some)
-        shown = len(whole) > 1 and ttest_1samp(whole, 0).pvalue < 0.05  # else there is no way to go
-        way = f"{np.mean(part) / np.mean(whole):.0%}" if part and shown else "-"
-        cells += ["", "", ""] if runs[0]["row"] == "episodic" else [*more, way]
+        last, whole = map(interval, gains(runs, episodic))
+        cells.append("" if runs[0]["row"] == "episodic" else f"{last} ({whole})")
         cells.append(interval(scores_of(runs, dense)))
-        for column in ("explained_variance", "reward_correlation", "shapley_correlation"):
-            cells.append(interval(values(runs, column)) if values(runs, column) else "")
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {np.mean(values(runs, 'seconds')):.0f} |")
+        known = [values(runs, f"{name}_correlation") for name in ("reward", "shapley")]
+        cells.append(", ".join(f"{np.mean(numbers):.2f}" for numbers in known if numbers))
+        lines.append(f"| {name} ({len(runs)}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -386,28 +384,48 @@ def score_table(rows: list[dict]) -> str:
         scores = {name: scores_of(found.get(name, []), found.get("dense", [])) for name in HEADLINE}
         cells[task] = {name: f"{interval(some)} ({len(some)})" for name, some in scores.items() if some}
     names = [name for name in HEADLINE if any(name in some for some in cells.values())]
-    if not names:
-        return ""
-    lines = [f"| task | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    lines += [
-        f"| {task} | {' | '.join(some.get(name, '') for name in names)} |" for task, some in cells.items() if some
-    ]
-    return "\n".join(lines)
+    return "\n\n".join(filter(None, (cells_table("task", names[i : i + 4], cells) for i in range(0, len(names), 4))))
+
+
+def cells_table(title: str, names: list[str], cells: dict[str, dict[str, str]]) -> str:
+    """A line for each task that has some of these cells."""
+    lines = [f"| {title} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for task, some in cells.items():
+        if any(some.get(name) for name in names):
+            lines.append(f"| {task} | {' | '.join(some.get(name, '') for name in names)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def headline_table(rows: list[dict]) -> str:
+    """For the README: mean scores of the tasks of the grid, and whether `stas` ends higher, paired by seed, with a 95%
+    interval that excludes 0, than plain PPO with the same steps, and in the same time."""
+    columns = {"stas": "STAS", "episodic": "PPO", "episodic, equal time": "PPO, equal time"}
+    lines = [f"| task | {' | '.join(columns.values())} | STAS ahead: equal steps, equal time |", "|---" * 5 + "|"]
+    for task in GRID:
+        found = groups([row for row in rows if row["task"] == task])
+        scores = [scores_of(found.get(name, []), found.get("dense", [])) for name in columns]
+        if not all(scores):
+            continue
+        verdicts = []
+        for other in list(columns)[1:]:
+            more = paired(found["stas"], found[other], "training_return")
+            shown = len(more) > 1 and ttest_1samp(more, 0).pvalue < 0.05
+            verdicts.append(("yes" if np.mean(more) > 0 else "behind") if shown else "not shown")
+        lines.append(f"| {task} | {' | '.join(f'{np.mean(each):.2f}' for each in scores)} | {', '.join(verdicts)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def gain_table(rows: list[dict], name: str, others: list[str]) -> str:
     """What the row `name` earns more than others, paired by seed: last training return and, in brackets, the mean of
     the whole training."""
-    lines = [f"| `{name}` less | {' | '.join(others)} |", "|---" * (len(others) + 1) + "|"]
+    cells: dict[str, dict[str, str]] = {}
     for task in TASKS:
-        found = groups([row for row in rows if row["task"] == task])
-        cells = []
+        found, cells[task] = groups([row for row in rows if row["task"] == task]), {}
         for other in others:
             last, whole = gains(found.get(name, []), found.get(other, []))
-            cells.append(f"{interval(last)} ({interval(whole)})" if last else "")
-        if any(cells):
-            lines.append(f"| {task} | {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+            cells[task][other] = f"{interval(last)} ({interval(whole)})" if last else ""
+    tables = (cells_table(f"`{name}` less", others[i : i + 4], cells) for i in range(0, len(others), 4))
+    return "\n\n".join(filter(None, tables))
 
 
 def compared(rows: list[dict]) -> list[dict]:
@@ -527,6 +545,8 @@ if __name__ == "__main__":
             print(f"\nPaired by seed, last training return (mean of the training):\n\n{paired_table}")
     # Settings have their lines in the tables above; from here on kinds of credit are compared.
     rows, curves = compared(rows), compared(curves)
+    if short := headline_table(rows):
+        print(f"\nIn short:\n\n{short}")
     if scores := score_table(rows):
         print(f"\nScores:\n\n{scores}")
         print(f"\nOver all tasks of the grid:\n\n{summary_table(rows, GRID)}")

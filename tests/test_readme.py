@@ -1,7 +1,8 @@
-"""Every command of the README and of the benchmarks' is run, the long ones with only their budget reduced."""
+"""Every command and program of the README and the documentation is run, the long ones with their budget reduced."""
 
 import csv
 import importlib
+import json
 import os
 import re
 import runpy
@@ -10,15 +11,19 @@ import shutil
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
 import tyro
 from conftest import MPE, ROOT, TINY
 
-README, BENCHMARKS = ((ROOT / name).read_text() for name in ("README.md", "benchmark/README.md"))
+PAGES = ["README.md", "benchmark/README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+README, *OTHERS = ((ROOT / page).read_text() for page in PAGES)
+DOCS = "\n".join(OTHERS)
 COMMANDS = [
     line.removeprefix("pip install -r requirements.txt && ")
-    for block in re.findall(r"```bash\n(.*?)```", README + BENCHMARKS, re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", README + DOCS, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
     if line and not line.startswith("#")
 ]
@@ -29,20 +34,67 @@ def test_the_first_two_set_up_commands_are_the_main_job_and_the_tests():
     one_liners = [line for line in README.splitlines() if line.startswith("pip install")]
     assert len(one_liners) == 2
     assert "python stas_ippo_" in one_liners[0] and "pytest" in one_liners[1]
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 150
+
+
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MODULES = {re.match(r"# (\w+\.py)\n", text)[1]: text for text in PROGRAMS if text.startswith("# ")}
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("python stas_")])
-def test_training_commands(command, run_script, tmp_path):
+def test_training_commands(command, run_script, tmp_path, monkeypatch):
+    if "envs.vmas" in command:
+        pytest.importorskip("vmas")
+    for name, text in MODULES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sys, "path", sys.path[:])  # to which the current folder is added
     _, script, *flags = shlex.split(command)
     tiny = TINY[script]
     if "--resume" in flags:
         assert run_script(f"{tiny} --run-dir RUN_DIR", script)[0] == 0
         code, _, err = run_script(" ".join(flags), script)
     else:
+        flags = [flag.replace(" ", "") for flag in flags]  # those of JSON
         code, _, err = run_script(f"{' '.join(flags)} {tiny} --run-dir run", script)  # the last of two flags counts
         assert (tmp_path / "run" / "summary.json").exists()
     assert code == 0, err
+
+
+def test_the_environment_of_the_readme_is_learned_in_ten_seconds(tmp_path):
+    """In as many steps as its command says; the time is not measured."""
+    (command,) = [command for command in COMMANDS if "--env-id signals" in command]
+    (tmp_path / "signals.py").write_text(MODULES["signals.py"])
+    _, script, *flags = shlex.split(command)
+    full = [
+        sys.executable,
+        str(ROOT / script),
+        *flags,
+        "--num-threads",
+        "1",
+        "--run-dir",
+        "run",
+        "--eval-episodes",
+        "20",
+    ]
+    subprocess.run(full, cwd=tmp_path, check=True, capture_output=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval/episodic_return"] > 9.5 and 4 < summary["random/episodic_return"] < 6
+
+
+def test_the_decomposer_alone():
+    """The program of the README lowers its loss, and its rewards add up to the returns."""
+    (text,) = [text for text in PROGRAMS if "import" in text and not text.startswith("# ")]
+    torch.manual_seed(0)
+    obs, act, valid = torch.rand(64, 5, 2, 3), torch.randint(4, (64, 5, 2)), torch.ones(64, 5, dtype=torch.bool)
+    env = SimpleNamespace(num_agents=2, obs_dim=3, num_actions=4, continuous=False, horizon=5)
+    names = dict(torch=torch, env=env, obs=obs, act=act, valid=valid, team_return=10 * obs.sum(dim=(1, 2, 3)))
+    exec(text, names)
+    torch.testing.assert_close(names["rewards"].sum(dim=(1, 2)), names["team_return"], rtol=1e-4, atol=1e-3)
+    (update,) = [line for line in text.splitlines() if line.startswith("loss = ")]
+    first = names["loss"]
+    for _ in range(300):
+        exec(update, names)
+    assert names["loss"] < 0.05 * first
 
 
 def tables_in(text: str) -> list[list[str]]:
@@ -58,14 +110,14 @@ REPORTS = {  # programs that print the tables of results again: their least numb
 
 @pytest.mark.parametrize("program, least", REPORTS.items())
 def test_the_tables_are_those_of_the_results(program, least, tmp_path):
-    """The README has the table of scores that benchmark/learning.py prints from its CSV, benchmark/README.md has all
-    others of the benchmarks, whole; and neither has one with these titles that they do not print."""
+    """The README has the short table of scores that benchmark/learning.py prints from its CSV, docs/ has all others of
+    the benchmarks, whole; and neither has one with these titles that they do not print."""
     results = ROOT / "benchmark" / "results" / ("tuning" if program in ("search.py", "frontier.py") else "")
     for path in results.glob("*.csv"):
         shutil.copy(path, tmp_path)
     command = [sys.executable, f"benchmark/{program}", "--report", "--results", str(tmp_path)]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    there = tables_in(f"{README}\n{BENCHMARKS}")
+    there = tables_in(f"{README}\n{DOCS}")
     assert len(tables_in(printed)) >= least
     assert [table for table in tables_in(printed) if table not in there] == []
     titles = {title for table in tables_in(printed) for title in table[:1]}
@@ -75,7 +127,7 @@ def test_the_tables_are_those_of_the_results(program, least, tmp_path):
 def test_the_table_of_a_gpu_is_that_of_its_results():
     with open(ROOT / "benchmark" / "results" / "cuda.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    lines = [line for table in tables_in(BENCHMARKS) if "H200" in table[0] for line in table[2:]]
+    lines = [line for table in tables_in(DOCS) if "H200" in table[0] for line in table[2:]]
     assert len(rows) == 2 * len(lines) > 0
     for line, *both in zip(lines, rows[::2], rows[1::2]):
         assert [row["device"] for row in both] == ["one core", "H200"] and both[0]["flags"] == both[1]["flags"]
@@ -85,7 +137,7 @@ def test_the_table_of_a_gpu_is_that_of_its_results():
 
 
 def test_the_table_of_scores_is_in_the_readme():
-    assert any(table[0].startswith("| task | stas |") for table in tables_in(README))
+    assert any(table[0].startswith("| task | STAS |") for table in tables_in(README))
 
 
 PARTS_OF_THE_GRID = [c for c in COMMANDS if c.startswith("python benchmark/learning.py ") and "--tasks" in c]
@@ -184,7 +236,7 @@ def test_evaluation_commands(command, run_script, tmp_path):
 
 def test_the_map_from_the_paper_to_the_code_points_at_the_right_lines():
     lines = (ROOT / MPE).read_text().splitlines()
-    places = re.findall(r"`(\w+)`, line (\d+)", README)
+    places = re.findall(r"`(\w+)`, line (\d+)", README + DOCS)
     assert len(places) >= 9
     for name, number in places:
         assert re.match(rf"(class|def) {name}\b", lines[int(number) - 1]), f"{name} is not in line {number} of {MPE}"
@@ -192,7 +244,7 @@ def test_the_map_from_the_paper_to_the_code_points_at_the_right_lines():
 
 def test_every_flag_and_file_that_is_named_exists():
     sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")])
-    both = README + BENCHMARKS
+    both = README + DOCS
     assert not re.search(r"@\w+@", both)  # a place left to fill in
     others = {"help", "logdir", "index-url", "nproc-per-node"}  # of other programs
     others |= {"own-share"}  # of the scripts that made some of the results
@@ -203,7 +255,7 @@ def test_every_flag_and_file_that_is_named_exists():
         assert (ROOT / name).exists() or name.startswith(generated), f"{name} does not exist"
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmark/README.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_to_a_file_and_a_heading(page):
     links = re.findall(r"\]\(([\w./]*)(?:#([\w-]+))?\)", (ROOT / page).read_text())
     for name, anchor in links:
