@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tyro
-from conftest import MPE, ROOT, TINY
+from conftest import MPE, PETTINGZOO, ROOT, TINY
 
 PAGES = ["README.md", "benchmark/README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 README, *OTHERS = ((ROOT / page).read_text() for page in PAGES)
@@ -104,7 +104,7 @@ def tables_in(text: str) -> list[list[str]]:
 
 REPORTS = {  # programs that print the tables of results again: their least number
     **{"learning.py": 5, "search.py": 3, "frontier.py": 1},
-    **{"scaling.py": 3, "shapley_games.py": 1, "simulator.py": 1, "update.py": 1},
+    **{"constant.py": 1, "scaling.py": 3, "shapley_games.py": 1, "simulator.py": 1, "update.py": 1},
 }
 
 
@@ -193,6 +193,10 @@ def test_benchmark_commands(command, tmp_path):
         ],
         "benchmark/frontier.py": ["--tasks", "spread 3", "--changes", "default", "dense", f"--flags={TINY[MPE]}"],
         "benchmark/aligned.py": ["--points", "21"],
+        "benchmark/constant.py": [
+            *"--constants 3 --horizons 10 --seeds 1".split(),
+            f"--flags={TINY[PETTINGZOO]}",
+        ],
         "benchmark/learning.py": [
             *["--tasks", "spread 3", "simple_reference", "Alice & Bob", "--rows", "stas", "shapley", "--seeds", "1"],
             f"--flags={TINY[MPE]}",
