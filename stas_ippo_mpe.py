@@ -9,7 +9,7 @@ when an episode ends. One iteration of the training loop, which is at the end of
      Shapley value averages v(C + i) - v(C); STAS has the network guess that, and trains all credits to add up to R.)
   4. decompose: fresh episodes get credits, a dense reward for every agent at every step. They sum to the *predicted*
      return; the leftover is paid at the last step, in equal shares. (The paper drops it: `--conserve none`.)
-  5. PPO: one actor and one critic serve all agents, told by a one-hot whom; each agent learns from its own credits.
+  5. PPO: one actor and one critic serve all agents, given an agent's one-hot; each agent learns from its own credits.
 
 Axes stand in the order (episode E, time T, agent N, feature). O is the size of an observation, A of a continuous
 action, D of an embedding; H heads, M coalitions, B any batch.
@@ -53,13 +53,13 @@ class Args:
     wandb_project_name: str = "stas"  # project of Weights and Biases
     wandb_entity: str | None = None  # entity (team) of Weights and Biases
     run_dir: str | None = None  # run folder (default: runs/{environment}__{exp_name}__{changed flags}__{seed}__{time})
-    resume: str | None = None  # run folder to continue; its flags are the defaults, and what is typed beside it wins
+    resume: str | None = None  # run folder to continue; its flags are the defaults; flags given now override them
     checkpoint_every: int = 20  # iterations between two checkpoints
     eval_episodes: int = 100  # episodes of the final evaluation on mpe2
 
     scenario: Literal["spread", "tag", "push"] = "spread"  # [the environment] navigation, predator-prey, pushing a ball
     num_agents: int = 3  # agents that learn, N
-    continuous_actions: bool = False  # actions are the strengths of the five moves, from 0 to 1, instead of one of them
+    continuous_actions: bool = False  # an action is five strengths in [0, 1], one per move, instead of one move
     num_agent_neighbors: int | None = None  # others an agent sees, nearest first (None: all; 5 in spread with 15)
     num_landmark_neighbors: int | None = None  # the same for landmarks (None: all; 6 in spread with 15; not in push)
     nearest_first: bool = True  # in spread, list others and landmarks by distance, not by name (always with 15)
@@ -76,7 +76,7 @@ class Args:
     num_minibatches: int = 16  # minibatches per epoch
     update_epochs: int = 10  # epochs of policy updates per iteration
     norm_adv: bool = True  # normalise the advantages of each minibatch
-    adv_eps: float = 1e-8  # added to the deviation they are divided by: what is far below it stays small
+    adv_eps: float = 1e-8  # added to their standard deviation; advantages far below it stay small
     clip_coef: float = 0.2  # clipping range of the surrogate objective
     clip_vloss: bool = False  # clip the value loss too
     ent_coef: float = 0.01  # weight of the entropy bonus
@@ -84,17 +84,17 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest norm of the gradient of policy and critic together
     target_kl: float | None = None  # stop an iteration's policy updates beyond this KL divergence
-    critic: Literal["independent", "centralized"] = "independent"  # it sees its agent's observation, or all (MAPPO)
+    critic: Literal["independent", "centralized"] = "independent"  # sees its own observation, or everyone's (MAPPO)
 
     credit: Literal["stas", "temporal", "uniform", "episodic", "dense", "shapley", "difference"] = "stas"
     """[the method] stas (learned), temporal (no attention over agents), uniform (R / length), episodic (R at the end:
     plain PPO); oracles: dense (the true reward of every step), in spread its exact shares shapley and difference"""
-    conserve: Literal["none", "terminal", "uniform"] = "terminal"  # where R - sum of credits is paid (none: the paper)
+    conserve: Literal["none", "terminal", "uniform"] = "terminal"  # when to pay R - sum of credits (none: the paper)
     mc_samples: int = 5  # coalitions drawn per agent and step, M
     coalition: Literal["bernoulli", "permutation", "exact", "all"] = "bernoulli"
-    """coin flips (the paper), those before in a random order (Shapley's weights), all coalitions (same), or everyone"""
+    """coin flips (the paper), predecessors in a random order (Shapley's weights), all (the same), or everyone"""
     embedding: Literal["mlp", "linear"] = "mlp"  # of the decomposer's inputs: two hidden layers of 2 D, or none (paper)
-    outcome: bool = True  # the decomposer sees what an agent observes after a step too, not only before it (paper)
+    outcome: bool = True  # the decomposer also sees each agent's next observation (paper: only the current)
     emb_dim: int = 32  # width of the decomposer, D
     num_heads: int = 1  # attention heads of the decomposer
     num_layers: int = 1  # temporal attention layers of the decomposer (0: attention over agents only)
@@ -103,7 +103,7 @@ class Args:
     decomposer_batch_size: int = 32  # episodes per decomposer update
     decomposer_updates: int = 32  # decomposer updates per iteration
     buffer_size: int = 16_384  # episodes the replay buffer holds
-    learning_starts: int = 0  # episodes collected before the policy learns from those of an iteration
+    learning_starts: int = 0  # episodes collected before the first PPO update
     reward_scale: float | None = None  # divides returns and PPO's rewards; logs are in raw units (None: 10; 50 in push)
 
     def __post_init__(self):
@@ -119,7 +119,7 @@ class Args:
         rules["coalition"] = self.coalition != "exact" or self.num_agents <= 8, "another with more than 8 agents"
         rules["credit"] = self.credit not in ("shapley", "difference") or self.scenario == "spread", "another"
         rules["resume"] = self.resume is None or os.path.exists(f"{self.resume}/config.json"), "the folder of a run"
-        rules["run_dir"] = self.run_dir is None or not os.path.exists(self.run_dir), "a new folder (see --resume)"
+        rules["run_dir"] = self.run_dir is None or not (self.resume or os.path.exists(self.run_dir)), "a new folder"
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {rule}")
@@ -160,9 +160,9 @@ def sample_coalitions(kind: str, num_samples: int, batch: int, num_agents: int, 
         masks = torch.cat((first, first.transpose(-2, -1)))[:num_samples] | self_mask
     elif kind == "exact":
         agents, N = torch.arange(num_agents, device=device), num_agents
-        bit = agents - (agents > agents.unsqueeze(1)).long()  # (i, j): which bit of m says whether C_m of i has j
+        bit = agents - (agents > agents.unsqueeze(1)).long()  # (i, j): bit of m that puts j into C_m of i
         masks = (torch.arange(2 ** (N - 1), device=device).view(-1, 1, 1, 1) >> bit & 1).bool() | self_mask
-        size = masks[:, 0, 0].sum(dim=-1).double() - 1  # |C|, whose weight of Shapley is |C|! (N - |C| - 1)! / N!
+        size = masks[:, 0, 0].sum(dim=-1).double() - 1  # |C|; Shapley's weight: |C|! (N - |C| - 1)! / N!
         return masks, (torch.lgamma(size + 1) + torch.lgamma(N - size) - math.lgamma(N + 1)).exp().float()
     else:  # all
         masks = torch.ones(1, 1, num_agents, num_agents, dtype=torch.bool, device=device)
@@ -194,7 +194,7 @@ class ShapleyAttention(nn.Module):
         key, value = self.key_value(x).chunk(2, dim=-1)
         query, key, value = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in (query, key, value))
         scores = query @ key.transpose(-2, -1) / math.sqrt(key.shape[-1])  # (B, H, N, N)
-        # Relative to the agent's own score, its own e is 1, and in every sum: none is too small to divide by.
+        # Scores relative to the agent's own make e_ii = 1 in every sum: no division by a tiny number.
         own = scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         e = (scores - own).clamp(-40, 40).exp()
         members = masks.unsqueeze(2).to(e)  # (M, B or 1, 1, N, N)
@@ -212,17 +212,17 @@ class Decomposer(nn.Module):
         D, N = args.emb_dim, env.num_agents
         self.mc_samples, self.coalition, self.outcome = args.mc_samples, args.coalition, args.outcome
         self.num_actions, self.continuous = env.num_actions, env.continuous
-        self.scale = 1 / math.sqrt(env.horizon * N)  # of a sum of T N credits, as Adam would overshoot
+        self.scale = 1 / math.sqrt(env.horizon * N)  # keeps Adam's steps on a sum of T N credits small
         self.register_buffer("agent_id", torch.eye(N), persistent=False)
         inputs = (1 + args.outcome) * env.obs_dim + env.num_actions + N
         hidden = (nn.Linear(inputs, 2 * D), nn.ReLU(), nn.Linear(2 * D, 2 * D), nn.ReLU(), nn.Linear(2 * D, D))
         self.embedding = nn.Sequential(*hidden) if args.embedding == "mlp" else nn.Linear(inputs, D)
         self.position = nn.Parameter(torch.zeros(env.horizon, D))
-        age = torch.arange(env.horizon).unsqueeze(1) - torch.arange(env.horizon)  # (T, T), of what a step looks back on
+        age = torch.arange(env.horizon).unsqueeze(1) - torch.arange(env.horizon)  # (T, T), query step minus key step
         self.register_buffer("unseen", (age < 0) | (age >= (args.attention_window or env.horizon)), persistent=False)
         options = dict(nhead=args.num_heads, dim_feedforward=2 * D, dropout=0.0, batch_first=True, norm_first=True)
         self.temporal = nn.ModuleList(nn.TransformerEncoderLayer(D, **options) for _ in range(args.num_layers))
-        for layer in self.temporal:  # at first a step passes as it is: the past comes in where it pays
+        for layer in self.temporal:  # start as the identity: attention to the past is learned
             for weights in (*layer.self_attn.out_proj.parameters(), *layer.linear2.parameters()):
                 nn.init.zeros_(weights)
         self.norm = nn.LayerNorm(D)
@@ -234,7 +234,7 @@ class Decomposer(nn.Module):
     def forward(self, obs: torch.Tensor, act: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """obs (E, T, N, O), act (E, T, N[, A]), valid (E, T) -> credits (E, T, N) / reward scale, 0 where not valid"""
         E, T, N, _ = obs.shape
-        if self.outcome:  # a token tells what an agent sees next too, at the end of an episode the same again
+        if self.outcome:  # append the next observation (at an episode's last step: the current one again)
             follows = F.pad(valid[:, 1:], (0, 1))[..., None, None]  # (E, T, 1, 1), whether the episode goes on
             obs = torch.cat((obs, torch.where(follows, obs.roll(-1, dims=1), obs)), dim=-1)
         if not self.continuous:
@@ -255,8 +255,8 @@ class Decomposer(nn.Module):
 
 
 def conserve(credits: torch.Tensor, team_return: torch.Tensor, valid: torch.Tensor, where: str) -> torch.Tensor:
-    """Add what the credits (E, T, N) leave of the returns (E,) in equal shares: at the last valid step ("terminal"), at
-    all steps that valid (E, T) marks ("uniform"), or nowhere ("none")."""
+    """Add returns (E,) minus summed credits (E, T, N), in equal shares: at the last valid step ("terminal"), at all
+    steps that valid (E, T) marks ("uniform"), or nowhere ("none")."""
     if where == "none":
         return credits
     length = valid.sum(dim=1, keepdim=True)  # (E, 1)
@@ -289,7 +289,7 @@ class ReplayBuffer:
         for name, rows in episodes.items():
             rows = rows[-self.capacity :].to(self.device)
             stored, size = self.data.get(name, rows[:0]), min(self.count + len(rows), self.capacity)
-            if size > len(stored):  # there is room for twice as many then
+            if size > len(stored):  # grow to twice the size
                 room = min(2 * size, self.capacity) - len(stored)
                 self.data[name] = torch.cat((stored, rows.new_zeros((room, *rows.shape[1:]))))
             index = (self.count + torch.arange(len(rows), device=self.device)) % self.capacity
@@ -305,7 +305,7 @@ class ReplayBuffer:
         return {"count": self.count, "data": {name: rows[: self.count].clone() for name, rows in self.data.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        full = len(next(iter(state["data"].values()))) == self.capacity  # then every row finds its place again
+        full = len(next(iter(state["data"].values()))) == self.capacity  # then restore each row's position
         self.count = state["count"] - self.capacity if full else 0
         self.add(**{name: rows.roll(-state["count"], dims=0) for name, rows in state["data"].items()})  # oldest first
 
@@ -340,7 +340,7 @@ class ActorCritic(nn.Module):
         self.critic = MLP((seen * N if self.centralized else seen) + N + 1, 1, std=1.0)
 
     def get_inputs(self, obs: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
-        """obs (..., N, O), elapsed (...), part of the horizon that is over -> what the networks see (..., N, I)"""
+        """obs (..., N, O), elapsed (...), fraction of the horizon -> what the networks see (..., N, I)"""
         shape = obs.shape[:-1]
         inputs = (obs, self.agent_id.expand(*shape, -1), elapsed[..., None, None].expand(*shape, -1))
         everyone = (obs.flatten(-2).unsqueeze(-2).expand(*shape, -1),) if self.centralized else ()
@@ -351,7 +351,7 @@ class ActorCritic(nn.Module):
         policy = Categorical(logits=self.actor(inputs[..., self.actor_sees]), validate_args=False)
         if action is None:
             action = policy.sample()
-        entropy = -(policy.logits.exp() * policy.logits.clamp(min=-1e9)).sum(dim=-1)  # its own takes a slow softmax
+        entropy = -(policy.logits.exp() * policy.logits.clamp(min=-1e9)).sum(dim=-1)  # policy.entropy() is slower
         return action, policy.log_prob(action), entropy, self.critic(inputs[..., self.critic_sees]).squeeze(-1)
 
 
@@ -360,7 +360,7 @@ class ContinuousActorCritic(ActorCritic):
 
     def get_action_and_value(self, inputs: torch.Tensor, action: torch.Tensor | None = None):
         logits = self.actor(inputs[..., self.actor_sees])
-        alpha, beta = (1 + F.softplus(logits).clamp(max=1000)).chunk(2, dim=-1)  # beyond it, float32 is too coarse
+        alpha, beta = (1 + F.softplus(logits).clamp(max=1000)).chunk(2, dim=-1)  # float32 is too coarse above
         policy = Independent(Beta(alpha, beta, validate_args=False), 1, validate_args=False)
         if action is None:
             action = policy.sample().clamp(1e-4, 1 - 1e-4)  # where log-probabilities are finite
@@ -442,7 +442,7 @@ def update_agent(args, agent, optimizer, batch: dict[str, torch.Tensor]) -> dict
 
 
 class CudaGraph:
-    """An update that a GPU replays without Python, from its fourth call on. Tensors of other shapes are passed on."""
+    """An update that a GPU replays without Python, from its fourth call on. Other shapes run without it."""
 
     def __init__(self, update):
         self.update, self.calls, self.batch, self.graph = update, 0, {}, torch.cuda.CUDAGraph()
@@ -483,7 +483,7 @@ def evaluate(args, agent: nn.Module, num_episodes: int) -> dict[str, float]:
     """Team returns of whole episodes on PettingZoo: eval/... of the agents, random/... of uniformly random actions."""
     env = side_by_side(lambda: make_parallel_env(args), num_episodes)
     at_random, _ = make_networks(args, env)
-    nn.init.zeros_(at_random.actor.layers[-1].weight)  # all logits are the same, and the parameters of Beta are 1
+    nn.init.zeros_(at_random.actor.layers[-1].weight)  # equal logits; Beta(1, 1): uniform
     nn.init.constant_(at_random.actor.layers[-1].bias, -1e3)
     seed = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0])  # no iteration has number 0
     torch.manual_seed(seed)
@@ -633,11 +633,11 @@ if __name__ == "__main__":
             metrics["losses/explained_variance"] = explained_variance(episodes["value"][valid], returns[valid])
         metrics["time/ppo"] = time.time() - clock
 
-        # Neither log nor save what a loss that is not finite has done to the weights.
+        # Stop before logging or saving if weights are no longer finite.
         if not all(weights.isfinite().all() for part in (agent, decomposer or agent) for weights in part.parameters()):
             sys.exit(f"error: a loss is not finite in iteration {iteration}; the last checkpoint is kept")
 
-        # How well do credits tell when and who? How much do they vary with the coalitions drawn (in 32 episodes)?
+        # Do credits match the true reward over time and agents? How much do coalition draws vary them (32 episodes)?
         if decomposer is not None:
             true_reward, by_agent = episodes["team_reward"], valid.unsqueeze(2).expand_as(credits)
             metrics["decomposer/reward_correlation"] = centred_correlation(credits.sum(dim=2), true_reward, valid)
@@ -648,10 +648,10 @@ if __name__ == "__main__":
                 by_step = [values.flatten(0, 1) for values in (credits, episodes["shapley"], by_agent)]  # (E T, N)
                 metrics["decomposer/shapley_correlation"] = centred_correlation(*by_step)
 
-        # Log. What does not apply, or is nan, is an empty cell of metrics.csv.
+        # Log. Missing or nan values are empty cells of metrics.csv.
         wall_time = time.time() - start_time
         metrics["charts/SPS"] = round(global_step / wall_time)
-        metrics = {name: value if math.isfinite(value) else "" for name, value in metrics.items()}
+        metrics = {name: float(value) if math.isfinite(value) else "" for name, value in metrics.items()}
         rows.append({"iteration": iteration, "global_step": global_step, "wall_time": wall_time} | metrics)
         if csv_writer is None or not rows[-1].keys() <= set(csv_writer.fieldnames):  # at first, and for new columns
             csv_file = open(run_dir / "metrics.csv", "w", newline="", buffering=1)
