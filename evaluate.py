@@ -5,7 +5,7 @@
     python evaluate.py RUN_DIR --render                          # watch some in a window
     python evaluate.py RUN_DIR --checkpoint OTHER/checkpoint.pt  # other weights of the same shape
 
-Writes learning_curve.png, credit.png and episode.gif into the run folder and shows them in TensorBoard.
+Writes learning_curve.png, credit.png and episode.gif into the run folder (for a team in checkpoints/: one in runs/).
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -46,7 +45,7 @@ class EvaluateArgs:
     script: Path | None = None  # the script of the run (None: the one of its name beside this file, or the run's copy)
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -111,7 +110,6 @@ def draw_credits(path: Path, credits: np.ndarray, leftover: float | None, reward
     ratios = {"width_ratios": (0.3 * T, 1), "height_ratios": (1.6, 0.5 * N)}
     (top, corner), (heat, side) = figure.subplots(2, 2, sharex="col", **ratios)
     top.bar(range(T), reward, color="tab:gray")
-    top.axhline(0, color="black", linewidth=0.5)
     top.set_ylabel("reward that\nnobody saw")
     figure.suptitle(title.replace("$", r"\$"), fontsize=10)
     limit = max(float(np.abs(credits).max()), 1e-8)
@@ -195,8 +193,10 @@ def main(flags: EvaluateArgs) -> None:
             decomposer.load_state_dict(state["decomposer"])
     except Exception as error:  # torch raises many kinds
         fail(f"{weights}: must fit {run_dir}/config.json and {script.__file__} ({error})")
-    with open(run_dir / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))
+    if run_dir.resolve().parent.name == "checkpoints":  # which stays as it is
+        run_dir = Path("runs", f"{run_dir.name}__evaluated")
+        run_dir.mkdir(parents=True, exist_ok=True)
     seed, summary = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0]) // 2, {}
     if flags.render:
         env = script.make_parallel_env(args, "human")

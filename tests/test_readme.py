@@ -236,6 +236,8 @@ def test_evaluation_commands(command, run_script, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert result.returncode == 0 and "drawn: " in result.stdout, result.stderr
     assert bool(few) == ("over 10 episodes" in result.stdout)
+    kept = {path.relative_to(ROOT) for path in (ROOT / "checkpoints").glob("*/*")}
+    assert {path.relative_to(tmp_path) for path in (tmp_path / "checkpoints").glob("*/*")} == kept
 
 
 def test_the_map_from_the_paper_to_the_code_points_at_the_right_lines():
