@@ -76,6 +76,7 @@ class Args:
     env_kwargs: str = "{}"  # its options, a JSON object, such as '{"local_ratio": 0.5}'
     horizon: int | None = None  # steps of an episode, at most the environment's own limit (None: 25; batched: its own)
     truncation_ends: bool = False  # an episode that its environment truncates before the horizon is over, no error
+    masked: bool | None = None  # observations end with a mask of what is allowed (None: if trial episodes need one)
     env_workers: int = 0  # processes that play copies of a ParallelEnv (0: this one)
 
     total_timesteps: int = 600_000  # [PPO] environment steps (joint actions) to train for
@@ -136,13 +137,13 @@ class Args:
 
 def make_env(args, num_envs: int, device: str | torch.device = "cpu"):
     """The environments to learn in, by the protocol of envs/__init__.py."""
-    names = args.env_id, args.env_kwargs, num_envs, args.horizon, device, args.env_workers, args.truncation_ends
-    return make_batched(*names)
+    named = args.env_id, args.env_kwargs, args.horizon, args.truncation_ends, args.masked
+    return make_batched(*named, num_envs, device, args.env_workers)
 
 
 def make_parallel_env(args, render_mode: str | None = None):
     """The environment to be evaluated on."""
-    return make_single(args.env_id, args.env_kwargs, args.horizon, args.truncation_ends, render_mode)
+    return make_single(args.env_id, args.env_kwargs, args.horizon, args.truncation_ends, args.masked, render_mode)
 
 
 def sample_coalitions(kind: str, num_samples: int, batch: int, num_agents: int, device="cpu") -> tuple:
@@ -374,8 +375,6 @@ class ContinuousActorCritic(ActorCritic):
 
 def make_networks(args, env) -> tuple[nn.Module, nn.Module | None]:
     """The agents' networks, and the decomposer where the credit is learned."""
-    if args.credit == "stas" and args.coalition == "exact" and env.num_agents > 8:
-        raise ValueError("--coalition exact: must be another with more than 8 agents")
     agent = (ContinuousActorCritic if env.continuous else ActorCritic)(args, env)
     decomposer = Decomposer(args, env) if args.credit in ("stas", "temporal") else None
     apply_mask(env, agent.actor, decomposer)  # what an observation says is forbidden gets the logit -inf
@@ -532,6 +531,7 @@ if __name__ == "__main__":
         agent, decomposer = make_networks(args, env)
         agent.to(device)
         check_memory(args, env, device)
+        args.masked = getattr(env, "masked", False)
         if args.resume is None or args.reward_scale is None:  # only played, to meet returns and what is wrong with it
             learner_seed, env_seed = np.random.SeedSequence((args.seed, 0, RANK)).generate_state(2).tolist()
             torch.manual_seed(learner_seed)

@@ -78,10 +78,13 @@ def check_env(env) -> None:
 
     def check_tensors(**tensors: torch.Tensor) -> None:
         for name, values in tensors.items():
+            must(isinstance(values, torch.Tensor), f"{name} must be a tensor, is a {type(values).__name__}")
             kind = torch.bool if name == "terminated" else torch.float32
             found = f"are {tuple(values.shape)} {values.dtype}"
             must(values.shape == sizes[name] and values.dtype == kind, f"{name} must be {sizes[name]} {kind}, {found}")
             must(values.isfinite().all(), f"{name} must be finite")
+            kept = name != "observations" or values.half().isfinite().all()
+            must(kept, "observations must be within 65,504, as replay buffers hold half precision")
 
     start = obs = env.reset(seed=1)
     check_tensors(observations=obs, terminated=env.terminated)

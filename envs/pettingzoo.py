@@ -105,9 +105,9 @@ class UniformEnv(ParallelEnv):
 
     If `masked`, the last A numbers of an observation tell what is allowed (1) and what is not (0): what the environment
     says, by either convention of PettingZoo (a Dict observation of `observation` and `action_mask`, or `action_mask` in
-    the infos), and the actions or dimensions that an agent has, where they are unequal. An agent that leaves before the
-    others keeps its last observation and earns 0; it is allowed action 0 only, or no dimension, so that its policy is
-    not trained. The episode ends after `horizon` steps, if it does not before.
+    the infos), and the actions or dimensions that an agent has, where they are unequal. An agent that leaves `agents`
+    before the others keeps its last observation and earns 0. Once it has ended it is allowed action 0 only, or no
+    dimension, so that its policy is not trained. The episode ends after `horizon` steps, if it does not before.
 
     Args:
         truncation_ends: an episode that is truncated before the horizon is over then, which is an error otherwise.
@@ -153,7 +153,7 @@ class UniformEnv(ParallelEnv):
         self.action_mask = np.arange(self.num_actions) < np.array(sizes)[:, None]  # (N, A), what each has
         self.has_mask = getattr(env, "masked", False)  # at the end of its observations, as envs/__init__.py has it
         self.masked = masked or bool(told) or self.has_mask or not self.action_mask.all()
-        self.mask_told = self.left_early = False  # in the episodes so far
+        self.mask_told = self.left_early = self.trial = False  # in the episodes so far; if they are a trial
         spaces = [Box(0, 1, (self.num_actions,), np.float32) if self.continuous else Discrete(size) for size in sizes]
         self.action_spaces = dict(zip(self.possible_agents, spaces))
 
@@ -178,6 +178,7 @@ class UniformEnv(ParallelEnv):
             if not self.env.agents:
                 raise EnvFailure("there are no agents after reset, which must list all of them anew")
             self.absent = len(self.agents) - len(self.env.agents)
+            self.left_early |= self.absent > 0
             self.check_possible_agents()
             self.see(observed, infos, self.agents)
         return dict(self.observed), {agent: {} for agent in self.agents}
@@ -192,17 +193,19 @@ class UniformEnv(ParallelEnv):
             self.check_possible_agents()
             if back := self.gone & set(self.env.agents):
                 raise EnvFailure(f"{', '.join(map(str, back))} left the episode, and is back")
+            last = [agent for agent in own if agent not in self.ended]  # who has played until now
             self.ended |= {agent for agent in own if terminated.get(agent) or truncated.get(agent)}
             self.gone = self.ended - set(self.env.agents)
             over = self.ended.issuperset(self.env.agents)  # of whom none should be left then, but often all are
-            self.left_early |= bool(self.ended) and not over
+            self.left_early |= not over and bool(self.ended or set(self.possible_agents) - set(self.env.agents))
             self.see(observed, infos, own)
             self.check_names("rewards", earned)
-            rewards = {agent: float(earned.get(agent, 0)) if agent in own else 0.0 for agent in self.agents}
+            rewards = {agent: np.asarray(earned[agent]).item() if agent in earned else 0.0 for agent in own}
+            rewards = {agent: rewards.get(agent, 0.0) for agent in self.agents}
             if not np.isfinite(list(rewards.values())).all():
                 raise EnvFailure("a reward is not finite")
-            ends = not any(truncated.values()) or self.truncation_ends and self.t < self.horizon
-            self.terminated = over and (ends or all(terminated.values()))
+            ends = not any(truncated.get(agent) for agent in last) or self.truncation_ends and self.t < self.horizon
+            self.terminated = over and bool(ends or all(terminated.get(agent) for agent in last))
             if over and not self.terminated and self.t < self.horizon:
                 raise EnvFailure(f"it is truncated; --horizon must be at most {self.t}, or --truncation-ends be given")
         self.agents = [] if over or self.t == self.horizon else self.agents
@@ -223,10 +226,10 @@ class UniformEnv(ParallelEnv):
         self.check_names("observations", observed)
         for agent, own in zip(self.possible_agents, self.action_mask):
             mask = ((infos or {}).get(agent) or {}).get("action_mask")
-            if agent in agents and agent in observed:
+            if agent in agents and observed.get(agent) is not None:
                 space, obs = self.spaces[agent], observed[agent]
                 if isinstance(self.env.observation_space(agent), Dict):
-                    obs, mask = obs["observation"], obs["action_mask"]
+                    obs, mask = obs["observation"], obs.get("action_mask")
                 if isinstance(space, Discrete):
                     obs = np.asarray(obs).item()
                     if not space.contains(obs):
@@ -236,9 +239,11 @@ class UniformEnv(ParallelEnv):
                     raise EnvFailure(f"an observation of {agent} has {len(flat)} numbers, its space {flatdim(space)}")
                 if not np.isfinite(flat.astype(np.float16)).all():  # which replay buffers hold
                     raise EnvFailure(f"an observation of {agent} is not finite, or beyond 65,504")
-                self.observed[agent][:] = np.pad(flat.astype(np.float32), (0, self.obs_dim - len(flat)))
+                self.observed[agent] = np.pad(flat.astype(np.float32), (0, self.obs_dim - len(flat)))
             plays = agent in self.env.agents and agent not in self.ended
             self.mask_told |= mask is not None
+            if not self.masked and plays and mask is not None and not self.trial and not np.all(mask):
+                raise EnvFailure("a mask came that no trial episode had; --masked True keeps room for it")
             if not self.masked or self.has_mask and plays:
                 continue
             allowed = own & (plays or (np.arange(len(own)) == 0) & (not self.continuous))
@@ -247,7 +252,7 @@ class UniformEnv(ParallelEnv):
                 if len(mask) != own.sum() or not mask.any():
                     raise EnvFailure(f"the action mask of {agent} is {mask.astype(int)}, for {own.sum()} actions")
                 allowed[: len(mask)] &= mask
-            self.observed[agent][-len(own) :] = allowed
+            self.observed[agent] = np.append(self.observed[agent][: -len(own)], allowed.astype(np.float32))
 
     def check_possible_agents(self) -> None:
         """EnvFailure if it has lost some, as happens after `self.agents = self.possible_agents` in reset."""
@@ -257,7 +262,7 @@ class UniformEnv(ParallelEnv):
     def check_names(self, what: str, given: dict) -> None:
         """EnvFailure unless all agents that go on are given something."""
         for agent in self.env.agents:
-            if agent not in given and agent not in self.ended:
+            if given.get(agent) is None and agent not in self.ended:
                 raise EnvFailure(f"there are no {what} of {agent}, only of {', '.join(map(str, given))}")
 
     @contextlib.contextmanager
@@ -271,14 +276,18 @@ class UniformEnv(ParallelEnv):
             raise EnvFailure(f"{self.env_id}, seed {self.seed}, step {self.t}: {what}") from error
 
     def try_out(self) -> None:
-        """One episode at random, which shows whether agents leave early or masks come in infos: then it is masked."""
-        generator = np.random.default_rng(0)
-        with contextlib.suppress(EnvFailure):  # it will be met, and told, when a policy plays
-            self.reset(seed=0)
-            while self.agents and not (self.mask_told or self.left_early):
-                acts = {agent: generator.random(self.num_actions) for agent in self.agents}
-                self.step(acts if self.continuous else {agent: act.argmax() for agent, act in acts.items()})
-        self.masked |= self.mask_told or self.left_early
+        """Find by episodes at random, 20 or 1,000 steps of them, whether agents leave early or masks come in infos."""
+        generator, steps, self.trial = np.random.default_rng(0), 0, True
+        for seed in range(20):
+            with contextlib.suppress(EnvFailure):  # it will be met, and told, when a policy plays
+                self.reset(seed=seed)
+                while self.agents and not (self.mask_told or self.left_early):
+                    acts = {agent: generator.random(self.num_actions) for agent in self.agents}
+                    self.step(acts if self.continuous else {agent: act.argmax() for agent, act in acts.items()})
+            steps += self.t
+            if self.mask_told or self.left_early or steps >= 1000:
+                break
+        self.masked, self.trial = self.masked or self.mask_told or self.left_early, False
 
     def render(self) -> np.ndarray | None:
         """A picture, None if the environment has none."""
@@ -432,44 +441,50 @@ def uniform(env: ParallelEnv) -> UniformEnv:
 def make(env_id: str, num_envs: int, horizon: int | None, device="cpu", num_workers: int = 0, **env_kwargs):
     """The environment of that name, batched: copies of parallel_env(**env_kwargs), of 25 steps if `horizon` is None, or
     batched_env(num_envs, device, **env_kwargs), whose horizon is its own, once `check_env` has tried it."""
-    return make_batched(env_id, env_kwargs, num_envs, horizon, device, num_workers)
+    return make_batched(env_id, env_kwargs, horizon, False, None, num_envs, device, num_workers)
 
 
-def make_batched(env_id, env_kwargs, num_envs, horizon, device="cpu", num_workers=0, truncation_ends=False):
-    """As `make`; the options also as a JSON object."""
+def make_batched(env_id, env_kwargs, horizon, truncation_ends, masked, num_envs, device="cpu", num_workers=0):
+    """As `make`; the options also as a JSON object, the rest as in `UniformEnv`; masked None: if `try_out` says so."""
     if not find(env_id)[1]:
-        make_one = partial(make_single, env_id, env_kwargs, horizon, truncation_ends)
-        return PettingZooEnv(make_one, num_envs, device, num_workers)
+        options = env_id, env_kwargs, horizon, truncation_ends
+        masked = make_single(*options, masked).masked  # the same for copies in other processes
+        return PettingZooEnv(partial(make_single, *options, masked), num_envs, device, num_workers)
     env = load(env_id, env_kwargs, num_envs=num_envs, device=device)
     if horizon not in (None, env.horizon):
         raise ValueError(f"--horizon {horizon}: must be {env.horizon}, that of {env_id}")
     try:
         check_env(env)
-    except ValueError as error:
-        raise ValueError(f"--env-id {env_id}: must keep the rules of envs/__init__.py ({error})") from error
+        if env.observe().device.type != torch.device(device).type:
+            raise ValueError(f"observations must be on {device}")
+    except Exception as error:  # whatever code that is not ours raises
+        raise ValueError(
+            f"--env-id {env_id}: must keep the rules of envs/__init__.py ({one_line(error, True)})"
+        ) from error
     return env
 
 
 MASKED: dict[str, bool] = {}  # what `try_out` has shown
 
 
-def make_single(env_id, env_kwargs, horizon, truncation_ends=False, render_mode: str | None = None) -> ParallelEnv:
+def make_single(env_id, env_kwargs, horizon, truncation_ends=False, masked=None, render_mode=None) -> ParallelEnv:
     """One episode at a time; without pictures if the environment has none, which is told."""
     if find(env_id)[1]:
         env = SingleEnv(load(env_id, env_kwargs, num_envs=1, device="cpu"), env_id, render_mode)
         env.batch = partial(load, env_id, env_kwargs, device="cpu")
         return env
-    key = f"{env_id} {env_kwargs} {horizon}"
-    options = dict(horizon=horizon or 25, truncation_ends=truncation_ends)
-    if key not in MASKED:
+    key, options = f"{env_id} {env_kwargs} {horizon}", dict(horizon=horizon or 25, truncation_ends=truncation_ends)
+    if masked is None and key not in MASKED:
         one = UniformEnv(load(env_id, env_kwargs), env_id, **options)
         one.try_out()
         one.close()
         MASKED[key] = one.masked
-    options["masked"] = MASKED[key]
+    options["masked"] = MASKED[key] if masked is None else masked
     if render_mode is not None:
         try:
-            return UniformEnv(load(env_id, env_kwargs, render_mode=render_mode), env_id, **options)
+            env = UniformEnv(load(env_id, env_kwargs, render_mode=render_mode), env_id, **options)
+            env.render_mode = render_mode
+            return env
         except ValueError:
             print(f"no pictures: {env_id} takes no render_mode={render_mode!r}")
     return UniformEnv(load(env_id, env_kwargs), env_id, **options)
@@ -482,8 +497,10 @@ def side_by_side(make_one: Callable[[], ParallelEnv], num_envs: int):
 
 
 def check_memory(args, env, device: str | torch.device) -> None:
-    """ValueError if observations take more memory than there is: those of a roll-out, twice in single precision, and
-    those of the replay buffer, in half precision."""
+    """ValueError if there are too many coalitions, or if observations take more memory than there is: those of a
+    roll-out, twice in single precision, and those of the replay buffer, in half precision."""
+    if args.credit == "stas" and args.coalition == "exact" and env.num_agents > 8:
+        raise ValueError("--coalition exact: must be another with more than 8 agents")
     stored = min(args.buffer_size, args.total_timesteps // env.horizon + args.num_envs)  # episodes
     needed = env.horizon * env.num_agents * env.obs_dim * (8 * args.num_envs + 2 * stored)  # bytes
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

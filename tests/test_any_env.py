@@ -1,5 +1,6 @@
 """What other people's environments do: masks, agents that leave, constants in the reward, names, batched classes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -159,6 +160,62 @@ def test_a_run_with_masks_learns_and_is_drawn(run_script, tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert result.returncode == 0 and (tmp_path / "run" / "credit.png").exists(), result.stderr
+
+
+class Odd(Toggle):
+    """What people's environments do, though PettingZoo's rules forbid it; `b` ends, or just vanishes, after step 2."""
+
+    def __init__(self, how, horizon=6):
+        super().__init__(horizon=horizon)
+        self.how = how
+
+    def reset(self, seed=None, options=None):
+        observed, infos = super().reset(seed)
+        self.agents = ["a"] if self.how == "absent" else self.agents
+        return observed, infos if self.how != "no infos" else None
+
+    def step(self, actions):
+        observed, rewards, ends, cuts, infos = super().step(actions)
+        if self.t >= 2 and self.agents:
+            self.agents = ["a"]
+            ends["b"] = self.how != "vanish"
+        if self.how == "sticky":
+            ends, cuts = {"a": not self.agents, "b": False}, {"a": False, "b": self.t >= 2}
+        if self.how == "none seen" and self.t >= 2:
+            observed["b"] = None
+        if self.how == "array":
+            rewards = {agent: np.array([reward]) for agent, reward in rewards.items()}
+        return observed, rewards, ends, cuts, infos
+
+
+@pytest.mark.parametrize("how", ["vanish", "absent", "sticky", "none seen", "array", "no infos"])
+def test_odd_environments_are_understood(how):
+    """Who is not there is allowed action 0 only, and an end by the rules is no truncation."""
+    env = PettingZooEnv(lambda: UniformEnv(Odd(how), "odd", 6, masked=True), 3)
+    one = UniformEnv(Odd(how), "odd", 6)
+    one.try_out()
+    assert one.masked
+    agent, _ = script_module.make_networks(script_module.Args(), env)
+    episodes = script_module.rollout(env, agent, 1)
+    assert episodes["valid"].all() and (episodes["obs"][:, 2:, 1, 1:] == torch.tensor([1.0, 0, 0])).all()
+    assert env.terminated.all() == (how == "sticky")
+
+
+def test_a_mask_that_no_trial_had_is_told():
+    env = UniformEnv(Cards("infos", leaves=False), "cards", 5)
+    with pytest.raises(EnvFailure, match="--masked True keeps room for it"):
+        env.reset(seed=1)
+
+
+def test_whether_there_are_masks_is_kept_with_the_run(run_script, tmp_path):
+    """So that evaluate.py and --resume do not decide anew, whatever an environment does without a seed."""
+    flags = f'{TINY[PETTINGZOO]} --env-id {HERE} --horizon 5 --env-kwargs {{"told":"no","leaves":false}}'
+    for name, more, masked in (("plain", "", False), ("room", "--masked True", True)):
+        assert run_script(f"{flags} {more} --run-dir {name}", PETTINGZOO)[0] == 0
+        saved = json.loads((tmp_path / name / "config.json").read_text())["flags"]
+        assert saved["masked"] is masked
+        args = script_module.Args(**saved | {"run_dir": None})
+        assert script_module.make_parallel_env(args).masked is script_module.make_env(args, 2).masked is masked
 
 
 @pytest.mark.parametrize(
@@ -344,7 +401,8 @@ def test_a_batched_class_by_name(masked, mine, run_script, tmp_path):
 
 @pytest.mark.parametrize(
     "act, more, message",
-    [("act + 1 * (act < 3)", "--horizon 9", "--horizon 9: must be"), ("act[:1]", "", "must keep the rules of envs")],
+    [("act + 1 * (act < 3)", "--horizon 9", "--horizon 9: must be"), ("act[:1]", "", "must keep the rules of envs")]
+    + [("act)[0], (7e4", "", "not enough values to unpack")],
 )
 def test_a_batched_class_that_does_not_fit_is_refused(act, more, message, mine, run_script, tmp_path):
     code, _, err = run_script(

@@ -434,7 +434,7 @@ def test_every_other_flag_does_what_it_says(script, run_script, tiny, tmp_path, 
         ALICEBOB: [],
         MPE: [*OPTIONS_OF_MPE, *OPTIONS_OF_TAG],
         ML: [*OPTIONS_OF_MPE, *OPTIONS_OF_TAG],
-        PETTINGZOO: [*OPTIONS_OF_PETTINGZOO, "env_workers", "truncation_ends"],
+        PETTINGZOO: [*OPTIONS_OF_PETTINGZOO, "env_workers", "truncation_ends", "masked"],
     }[script]
     assert {*ALIVE, *options, *others.split()} == {field.name for field in fields(MODULES[script].Args)}
 
