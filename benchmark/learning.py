@@ -292,7 +292,7 @@ def table(rows: list[dict]) -> str:
         last, whole = map(interval, gains(runs, episodic))
         cells.append("" if runs[0]["row"] == "episodic" else f"{last} ({whole})")
         cells.append(interval(scores_of(runs, dense)))
-        known = [values(runs, f"{name}_correlation") for name in ("reward", "shapley")]
+        known = [values(runs, f"{kind}_correlation") for kind in ("reward", "shapley")]
         cells.append(", ".join(f"{np.mean(numbers):.2f}" for numbers in known if numbers))
         lines.append(f"| {name} ({len(runs)}) | {' | '.join(cells)} |")
     return "\n".join(lines)

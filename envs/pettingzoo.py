@@ -200,8 +200,8 @@ class UniformEnv(ParallelEnv):
             self.left_early |= not over and bool(self.ended or set(self.possible_agents) - set(self.env.agents))
             self.see(observed, infos, own)
             self.check_names("rewards", earned)
-            rewards = {agent: np.asarray(earned[agent]).item() if agent in earned else 0.0 for agent in own}
-            rewards = {agent: rewards.get(agent, 0.0) for agent in self.agents}
+            rewards = dict.fromkeys(self.agents, 0.0)
+            rewards |= {agent: np.asarray(earned[agent]).item() for agent in own if agent in earned}
             if not np.isfinite(list(rewards.values())).all():
                 raise EnvFailure("a reward is not finite")
             ends = not any(truncated.get(agent) for agent in last) or self.truncation_ends and self.t < self.horizon
@@ -448,7 +448,7 @@ def make_batched(env_id, env_kwargs, horizon, truncation_ends, masked, num_envs,
     """As `make`; the options also as a JSON object, the rest as in `UniformEnv`; masked None: if `try_out` says so."""
     if not find(env_id)[1]:
         options = env_id, env_kwargs, horizon, truncation_ends
-        masked = make_single(*options, masked).masked  # the same for copies in other processes
+        masked = needs_mask(*options) if masked is None else masked  # the same for copies in other processes
         return PettingZooEnv(partial(make_single, *options, masked), num_envs, device, num_workers)
     env = load(env_id, env_kwargs, num_envs=num_envs, device=device)
     if horizon not in (None, env.horizon):
@@ -464,7 +464,17 @@ def make_batched(env_id, env_kwargs, horizon, truncation_ends, masked, num_envs,
     return env
 
 
-MASKED: dict[str, bool] = {}  # what `try_out` has shown
+MASKED: dict[str, bool] = {}  # what `needs_mask` has found
+
+
+def needs_mask(*options) -> bool:
+    """What `try_out` says of the environment of these options, the first of `make_single`; it is tried out once."""
+    if str(options) not in MASKED:
+        one = make_single(*options, masked=False)
+        one.try_out()
+        one.close()
+        MASKED[str(options)] = one.masked
+    return MASKED[str(options)]
 
 
 def make_single(env_id, env_kwargs, horizon, truncation_ends=False, masked=None, render_mode=None) -> ParallelEnv:
@@ -473,13 +483,8 @@ def make_single(env_id, env_kwargs, horizon, truncation_ends=False, masked=None,
         env = SingleEnv(load(env_id, env_kwargs, num_envs=1, device="cpu"), env_id, render_mode)
         env.batch = partial(load, env_id, env_kwargs, device="cpu")
         return env
-    key, options = f"{env_id} {env_kwargs} {horizon}", dict(horizon=horizon or 25, truncation_ends=truncation_ends)
-    if masked is None and key not in MASKED:
-        one = UniformEnv(load(env_id, env_kwargs), env_id, **options)
-        one.try_out()
-        one.close()
-        MASKED[key] = one.masked
-    options["masked"] = MASKED[key] if masked is None else masked
+    masked = needs_mask(env_id, env_kwargs, horizon, truncation_ends) if masked is None else masked
+    options = dict(horizon=horizon or 25, truncation_ends=truncation_ends, masked=masked)
     if render_mode is not None:
         try:
             env = UniformEnv(load(env_id, env_kwargs, render_mode=render_mode), env_id, **options)
@@ -493,6 +498,7 @@ def make_single(env_id, env_kwargs, horizon, truncation_ends=False, masked=None,
 def side_by_side(make_one: Callable[[], ParallelEnv], num_envs: int):
     """Copies of what `make_one` makes; if that is one episode of a class found by name, many episodes of the class."""
     one = make_one()
+    one.close()
     return one.batch(num_envs=num_envs) if hasattr(one, "batch") else PettingZooEnv(make_one, num_envs)
 
 
