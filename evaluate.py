@@ -18,22 +18,25 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
+import matplotlib
 import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-PANELS = {  # of learning_curve.png: column of metrics.csv, label
-    "charts/episodic_return": "team return",
-    "charts/treasure_rate": "treasure rate",
-    "decomposer/reward_correlation": "when: correlation of credits with\nthe true reward (1 = perfect)",
-    "decomposer/shapley_correlation": "who: correlation of credits with\nexact Shapley values (1 = perfect)",
+PANELS = {  # of learning_curve.png: column of metrics.csv, title, figure of summary.json that the random team has
+    "charts/episodic_return": ("team return", "random/episodic_return"),
+    "charts/treasure_rate": ("treasure rate", "random/treasure_rate"),
+    "decomposer/reward_correlation": ("when: do credits follow the true reward?\n(correlation, 1 = perfect)", None),
+    "decomposer/shapley_correlation": ("who: do they follow Shapley values?\n(correlation, 1 = perfect)", None),
 }
+COLOURS = matplotlib.colormaps["RdBu"]  # of credits: red below zero, blue above
 
 
 @dataclass
@@ -45,7 +48,7 @@ class EvaluateArgs:
     script: Path | None = None  # the script of the run (None: the one of its name beside this file, or the run's copy)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -65,14 +68,14 @@ def load_script(run_dir: Path, name: str, path: Path | None) -> ModuleType:
 @torch.no_grad()
 def play_episode(env, agent, seed: int, frames: list | None = None) -> dict[str, torch.Tensor]:
     """One episode of a PettingZoo ParallelEnv, as `rollout` of the scripts returns it, E = 1: obs, act, team_reward,
-    valid and the environment's oracles. `frames` collects pictures, of 200 states at most."""
+    valid and the environment's oracles. `frames` collects (step, picture), of 200 states at most."""
     names, steps, every = env.possible_agents, [], math.ceil(getattr(env, "horizon", 1) / 200)  # steps a picture
 
     def look() -> None:
         with contextlib.suppress(Exception):  # whatever rendering code that is not ours raises
             frame = np.asarray(env.render()) if frames is not None and len(steps) % every == 0 else None
             if frame is not None and frame.dtype == np.uint8 and frame.ndim == 3:
-                frames.append(frame)
+                frames.append((len(steps), frame))
 
     next_obs, _ = env.reset(seed=seed)
     while env.agents:
@@ -87,47 +90,70 @@ def play_episode(env, agent, seed: int, frames: list | None = None) -> dict[str,
     return {name: torch.stack([step[name] for step in steps]).unsqueeze(0) for name in steps[0]}
 
 
-def draw_learning_curve(path: Path, rows: list[dict]) -> None:
+def draw_learning_curve(path: Path, rows: list[dict], summary: dict, title: str) -> None:
     """learning_curve.png: the columns of metrics.csv that PANELS names, where they hold anything."""
     curves = {c: [(int(row["global_step"]), float(row[c])) for row in rows if row.get(c)] for c in PANELS}
     curves = {column: points for column, points in curves.items() if points}
-    figure = Figure(figsize=(5 * len(curves), 3.5), layout="constrained")
+    figure = Figure(figsize=(5 * len(curves), 3.8), layout="constrained")
+    figure.suptitle(title.replace("$", r"\$"), fontsize=10)
     for axis, (column, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         axis.plot(*zip(*points), color="tab:blue", marker=".")
-        axis.set(xlabel="environment steps", ylabel=PANELS[column])
+        name, random = PANELS[column]
+        axis.set_title(name + "\n(too short to tell)" * (len(points) < 10), fontsize=10)
+        axis.set_xlabel("environment steps")
         axis.xaxis.set_major_formatter(EngFormatter())
+        if random in summary:
+            axis.axhline(summary[random], color="tab:gray", linestyle="--", label="random team")
+            axis.legend()
     figure.savefig(path, dpi=120)
 
 
-def draw_credits(path: Path, credits: np.ndarray, leftover: float | None, reward: np.ndarray, names, title: str, marks):
-    """credit.png: one episode's credits (T, N), agents x time, under the true team reward of each step (T,), and a bar
-    for the leftover. marks: (step, agent, text) in the heat map. Beyond 200 steps, neighbours are added up."""
+def draw_credits(path: Path, credits: np.ndarray, reward: np.ndarray, names, titles: tuple[str, str, str], marks):
+    """credit.png: one episode's credits (T, N), agents x time, under the true team reward of each step (T,). marks:
+    (step, agent, text) in the heat map. Beyond 200 steps, neighbours are added up."""
     width = math.ceil(len(credits) / 200)  # steps a column
     starts = np.arange(0, len(credits), width)
     credits, reward = np.add.reduceat(credits, starts), np.add.reduceat(reward, starts)
     T, N = credits.shape
-    figure = Figure(figsize=(min(0.32 * T + 3.5, 40), min(2.6 + 0.45 * N, 20)), layout="constrained")
-    ratios = {"width_ratios": (0.3 * T, 1), "height_ratios": (1.6, 0.5 * N)}
-    (top, corner), (heat, side) = figure.subplots(2, 2, sharex="col", **ratios)
+    title, above, below = (text.replace("$", r"\$") for text in titles)
+    figure = Figure(figsize=(min(max(0.32 * T + 3, 8), 40), min(3.2 + 0.45 * N, 20)), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    top, heat = figure.subplots(2, 1, sharex=True, height_ratios=(1.6, 0.5 * N))
     top.bar(range(T), reward, color="tab:gray")
-    top.set_ylabel("reward that\nnobody saw")
-    figure.suptitle(title.replace("$", r"\$"), fontsize=10)
+    top.set_title(above, fontsize=10, loc="left")
     limit = max(float(np.abs(credits).max()), 1e-8)
-    image = heat.imshow(credits.T, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit)
+    image = heat.imshow(credits.T, aspect="auto", cmap=COLOURS, vmin=-limit, vmax=limit)
+    heat.set_title(below, fontsize=10, loc="left")
     heat.set(xlabel="step" if width == 1 else f"{width} steps", xlim=(-0.5, T - 0.5), yticks=range(N))
     heat.set_yticklabels([str(name).replace("$", r"\$") for name in names])
     heat.xaxis.set_major_locator(MaxNLocator(integer=True))
     for step, agent, text in marks if width == 1 else []:
         colour = "white" if abs(credits[step, agent]) > 0.6 * limit else "black"
         heat.text(step, agent, text.replace("$", r"\$"), ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, ax=heat, label="credit that each got")
-    corner.axis("off")
-    if leftover is None:
-        side.axis("off")
-    else:
-        side.bar(0, leftover, color="tab:orange")
-        side.set(xlim=(-1, 1), xticks=[0], xticklabels=[f"leftover\n{leftover:.2f}"])
+    figure.colorbar(image, ax=heat, label="credit")
     figure.savefig(path, dpi=120)
+
+
+def caption(frame: np.ndarray, step: int, credits: np.ndarray, reward: np.ndarray, names) -> Image.Image:
+    """A picture of the state after `step` steps, with the return so far and each agent's credit for the last of them:
+    a box in the colour it has in credit.png."""
+    height, width = frame.shape[:2]
+    total = max(width, 400)
+    image = Image.new("RGB", (total, height + 52), "white")
+    image.paste(Image.fromarray(frame), ((total - width) // 2, 0))
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    text = f"step {step}    return so far {reward[:step].sum():.2f}"
+    pen.text((8, height + 14), text, fill="black", font=font, anchor="lm")
+    pen.text((total - 8, height + 14), "credit (blue: good, red: bad)", fill="black", font=font, anchor="rm")
+    strength = credits[step - 1] / max(float(np.abs(credits).max()), 1e-8) if step else np.zeros(len(names))
+    side = total / len(names)
+    for i, name in enumerate(names):
+        colour = tuple(int(255 * x) for x in COLOURS((strength[i] + 1) / 2)[:3])
+        pen.rectangle((i * side + 2, height + 28, (i + 1) * side - 3, height + 49), fill=colour, outline="gray")
+        fill, text = "white" if abs(strength[i]) > 0.6 else "black", str(name).removeprefix("agent_")
+        if pen.textlength(text, font) < side:
+            pen.text(((i + 0.5) * side, height + 39), text, fill=fill, font=font, anchor="mm")
+    return image
 
 
 def log_to_tensorboard(run_dir: Path, summary: dict[str, float], pictures: list[str], step: int) -> None:
@@ -144,30 +170,32 @@ def log_to_tensorboard(run_dir: Path, summary: dict[str, float], pictures: list[
     writer.close()
 
 
-def draw_run(run_dir: Path, script: ModuleType, args, agent, decomposer, rows: list[dict], seed: int) -> list[str]:
+def draw_run(
+    run_dir: Path, script: ModuleType, args, networks, rows: list[dict], summary: dict, seed: int
+) -> list[str]:
     """Write learning_curve.png, credit.png and, if the environment has pictures, episode.gif; returns their names."""
-    draw_learning_curve(run_dir / "learning_curve.png", rows)
-    env, frames = script.make_parallel_env(args, "rgb_array"), []
+    (agent, decomposer), env, frames = networks, script.make_parallel_env(args, "rgb_array"), []
     torch.manual_seed(seed)
     episode = play_episode(env, agent, seed, frames)
     env.close()
-    credits = script.decompose(args, decomposer, episode)
-    leftover, setting = None, f"credit={args.credit}"
-    if decomposer is not None and args.conserve != "none":
-        leftover = (episode["team_reward"].sum() - credits.sum()).item()
-        setting += f", leftover paid at {'the last step' if args.conserve == 'terminal' else 'all steps'}"
-    marks = []
+    task, marks = env.metadata.get("name", args.exp_name), []
+    draw_learning_curve(run_dir / "learning_curve.png", rows, summary, f"{task}, --credit {args.credit}")
+    credits, reward = script.decompose(args, decomposer, episode)[0].numpy(), episode["team_reward"][0].numpy()
+    title, below = f"{task}: one episode after training", f"credit that each agent got (--credit {args.credit})"
+    if decomposer is not None:
+        below, leftover = "credit that STAS gave each agent", reward.sum() - credits.sum()
+        when = {"terminal": "paid at the last step", "uniform": "paid in all steps", "none": "not paid"}[args.conserve]
+        below += f" (sum {credits.sum():.2f}; leftover {leftover:.2f}, {when})"
     if "event" in episode:
         events = episode["event"][0].int()  # (T, N)
         marks = [(t, i, env.event_names[events[t, i].item()]) for t, i in events.nonzero().tolist()]
-        setting += f"; {env.legend}" if env.legend else ""
-    title = f"{env.metadata.get('name', args.exp_name)}, one episode after training; {setting}"
-    reward = episode["team_reward"][0].numpy()
-    draw_credits(run_dir / "credit.png", credits[0].numpy(), leftover, reward, env.possible_agents, title, marks)
+        title += f" ({env.legend})" if env.legend else ""
+    titles = title, f"reward that the agents never saw (sum {reward.sum():.2f})", below
+    draw_credits(run_dir / "credit.png", credits, reward, env.possible_agents, titles, marks)
     if not frames:
         return ["learning_curve.png", "credit.png"]
     durations = [1000 // (env.metadata.get("render_fps") or 10)] * (len(frames) - 1) + [2000]  # rests on the last
-    first, *others = map(Image.fromarray, frames)
+    first, *others = [caption(frame, step, credits, reward, env.possible_agents) for step, frame in frames]
     first.save(run_dir / "episode.gif", save_all=True, append_images=others, duration=durations, loop=0)
     return ["learning_curve.png", "credit.png", "episode.gif"]
 
@@ -186,7 +214,7 @@ def main(flags: EvaluateArgs) -> None:
     known = {field.name for field in fields(script.Args)} - {"run_dir", "resume"}
     try:
         args = script.Args(**{name: value for name, value in config["flags"].items() if name in known})
-        agent, decomposer = script.make_networks(args, script.make_env(args, num_envs=1))
+        agent, decomposer = networks = script.make_networks(args, script.make_env(args, num_envs=1))
         state = torch.load(weights, map_location="cpu", weights_only=True)
         agent.load_state_dict(state["agent"])
         if decomposer is not None:
@@ -194,25 +222,27 @@ def main(flags: EvaluateArgs) -> None:
     except Exception as error:  # torch raises many kinds
         fail(f"{weights}: must fit {run_dir}/config.json and {script.__file__} ({error})")
     rows = list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))
+    kept = run_dir / "summary.json"  # of a run that has ended
+    summary = json.loads(kept.read_text()) if kept.exists() else {}
     if run_dir.resolve().parent.name == "checkpoints":  # which stays as it is
         run_dir = Path("runs", f"{run_dir.name}__evaluated")
         run_dir.mkdir(parents=True, exist_ok=True)
-    seed, summary = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0]) // 2, {}
+    seed, evaluated = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0]) // 2, {}
     if flags.render:
         env = script.make_parallel_env(args, "human")
         for i in range(flags.episodes or 3):
             print(f"return {play_episode(env, agent, seed + i)['team_reward'].sum().item():.2f}")
         env.close()
     elif flags.episodes is not None:
-        summary = script.evaluate(args, agent, flags.episodes)
+        summary = evaluated = script.evaluate(args, agent, flags.episodes)
         if any("charts/treasure_rate" in row for row in rows):
             summary |= {f"{who}/treasure_rate": summary[f"{who}/terminated"] for who in ("eval", "random")}
         summary |= {"global_step": state["global_step"], "wall_time": state["wall_time"], "checkpoint": str(weights)}
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         scores = f"return {summary['eval/episodic_return']:.2f} (random team {summary['random/episodic_return']:.2f})"
         print(f"{scores} on PettingZoo over {flags.episodes} episodes")
-    pictures = draw_run(run_dir, script, args, agent, decomposer, rows, seed)
-    log_to_tensorboard(run_dir, summary, pictures, state["global_step"])
+    pictures = draw_run(run_dir, script, args, networks, rows, summary, seed)
+    log_to_tensorboard(run_dir, evaluated, pictures, state["global_step"])
     print(f"drawn: {', '.join(str(run_dir / name) for name in pictures)}")
 
 

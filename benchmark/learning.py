@@ -31,10 +31,9 @@ ALICEBOB, MPE, ANY = "stas_ippo_alicebob.py", "stas_ippo_mpe.py", "stas_ippo_pet
 NEAREST_FIRST = '{"num_agent_neighbors":2,"num_landmark_neighbors":3}'
 SMALL_PURSUIT = '{"max_cycles":100,"x_size":10,"y_size":10,"n_evaders":10}'
 PURSUIT = f"--env-id pettingzoo.sisl.pursuit_v5 --env-kwargs {SMALL_PURSUIT} --horizon 100 --num-envs 16"
-VMAS, SMAX = (
-    """--env-id envs.vmas --env-kwargs {"scenario":"balance"}""",
-    """--env-id envs.smax --env-kwargs {"map":"3m"}""",
-)
+VMAS = """--env-id envs.vmas --env-kwargs {"scenario":"%s"} --num-envs 64 --gae-lambda 0.95 --total-timesteps"""
+SMAX = """--env-id envs.smax --env-kwargs {"map":"3m"} --num-envs 64 --gae-lambda 0.95 --total-timesteps 150000"""
+CHEETAH = """--env-id gymnasium_robotics.mamujoco_v1 --env-kwargs {"scenario":"HalfCheetah","agent_conf":"2x3"}"""
 RELEASED = (  # the released code's settings in MPE, as far as there are flags for them, and the steps of its script
     "--num-envs 82 --total-timesteps 2050000 --no-nearest-first --learning-rate 1e-4 --gae-lambda 0.95 "
     "--num-minibatches 48 --clip-coef 0.5 --clip-vloss --max-grad-norm 10 --no-anneal-ent --embedding linear "
@@ -68,8 +67,13 @@ TASKS = {  # name: script, flags, seeds
         f"{PURSUIT} --buffer-size 2048 --attention-window 10 --gamma 0.99 --gae-lambda 0.95 --total-timesteps 60000",
         3,
     ),
-    "VMAS balance": (ANY, f"{VMAS} --num-envs 64 --gae-lambda 0.95 --total-timesteps 300000", 3),
-    "SMAX 3m": (ANY, f"{SMAX} --num-envs 64 --gae-lambda 0.95 --total-timesteps 150000", 3),
+    "VMAS balance": (ANY, f"{VMAS % 'balance'} 300000", 3),
+    "VMAS navigation": (ANY, f"{VMAS % 'navigation'} 200000", 3),
+    "VMAS reverse transport": (ANY, f"{VMAS % 'reverse_transport'} 200000", 3),
+    "SMAX 3m": (ANY, SMAX, 3),
+    "HalfCheetah 2x3": (ANY, f"{CHEETAH} --horizon 100 --gae-lambda 0.95 --total-timesteps 400000", 3),
+    "spread 3, continuous": (MPE, "--continuous-actions", 5),
+    "tag 3, continuous": (MPE, "--continuous-actions --scenario tag --gae-lambda 0.95", 5),
 }
 VARIANTS = {  # with other settings: the task of the grid
     "tag 3, lambda 1": "tag 3",
@@ -77,10 +81,12 @@ VARIANTS = {  # with other settings: the task of the grid
     "push 3, gamma 0.98": "push 3",
     "spread 3, released settings": "spread 3",
 }
-GRID = [task for task, (script, *_) in TASKS.items() if script != ANY and task not in VARIANTS]  # batched environments
+CONTINUOUS = [task for task in TASKS if task.endswith("continuous")]
+GRID = [task for task, (script, *_) in TASKS.items() if script != ANY and task not in (*VARIANTS, *CONTINUOUS)]
 SPREAD = [task for task in GRID if task.startswith("spread")]
 LEARNED = ["stas", "STAS-ML", "stas, conserve none", "stas, coalition all", "temporal"]
 OWN = {(task, "dense"): "--gae-lambda 0.9" for task in SPREAD}  # what search.py found to be better for some rows
+OWN |= {("spread 3, continuous", "dense"): "--gae-lambda 0.9"}
 OWN |= {("spread 3, 100 steps", row): "--gae-lambda 0.95" for row in LEARNED}
 # How many steps `episodic` makes in the time of one of `stas`.
 PACE = {"Alice & Bob": 1.8, "push 3": 2.3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 3}
@@ -189,6 +195,8 @@ def fits(task: str, row: str) -> bool:
     the released settings a run takes hours."""
     if TASKS[task][1] == RELEASED:
         return row in ("stas", "stas, conserve none", "episodic", "dense")
+    if task in CONTINUOUS:
+        return row in ("stas", "episodic", "dense")
     if row == "episodic, equal time":
         return TASKS[task][0] != ANY
     if row in SETTINGS:

@@ -104,7 +104,7 @@ class AliceBob:
 
     num_agents, num_actions, continuous, horizon = 2, len(MOVES), False, HORIZON
     event_names = {BUMP: "bump", PICK_UP: "key", PICK_UP + 1: "key", PAID: "$"}  # marks in pictures of the credits
-    legend = ""
+    legend = "key: picks one up; $: the treasure; bump: runs into something"
 
     def __init__(self, num_envs: int, device: str | torch.device = "cpu", one_hot: bool = False):
         if num_envs < 1:

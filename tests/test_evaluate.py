@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import stas_ippo_alicebob
 from envs.alice_bob import parallel_env
 from envs.mpe import make_pettingzoo
-from evaluate import EvaluateArgs, draw_credits, draw_run, main, play_episode
+from evaluate import EvaluateArgs, caption, draw_credits, draw_learning_curve, draw_run, main, play_episode
 
 PICTURES = ("learning_curve.png", "credit.png", "episode.gif")
 
@@ -147,7 +148,7 @@ def test_another_checkpoint_and_what_cannot_be_evaluated(run_script, no_pictures
 
 @pytest.fixture
 def looked_at(monkeypatch) -> tuple[dict, list]:
-    """What is drawn as credits and leftover, and every team that plays with its episode."""
+    """What is drawn as credits with its titles, and every team that plays with its episode."""
     drawn, played = {}, []
 
     def play(env, agent, *args) -> dict:
@@ -155,7 +156,7 @@ def looked_at(monkeypatch) -> tuple[dict, list]:
         return played[-1][1]
 
     monkeypatch.setattr("evaluate.play_episode", play)
-    monkeypatch.setattr("evaluate.draw_credits", lambda path, *args: drawn.update(credits=args[0], leftover=args[1]))
+    monkeypatch.setattr("evaluate.draw_credits", lambda path, *args: drawn.update(credits=args[0], titles=args[3]))
     monkeypatch.setattr("evaluate.log_to_tensorboard", lambda *args: None)
     return drawn, played
 
@@ -165,7 +166,7 @@ def test_an_oracle_is_evaluated_with_the_credits_of_mpe2s_state(run_script, look
     assert run_script(f"{TINY[MPE]} --credit difference --run-dir run", MPE)[0] == 0
     evaluate_here(tmp_path / "run")
     ((_, shown),) = played
-    assert drawn["leftover"] is None and np.array_equal(drawn["credits"], shown["difference"][0].numpy())
+    assert "leftover" not in drawn["titles"][2] and np.array_equal(drawn["credits"], shown["difference"][0].numpy())
     # Those of the first step depend on where the agents start and go: read them off mpe2's state.
     seed = int(np.random.SeedSequence((1, 0)).generate_state(1)[0]) // 2
     env, frames = make_pettingzoo("spread", 3, nearest_first=True, render_mode="rgb_array"), []
@@ -189,25 +190,61 @@ def test_the_leftover_is_drawn_and_the_policy_is_sampled(conserve, run_script, l
     ((agent, episode),) = played
     team_return = episode["team_reward"].sum().item()
     assert abs(drawn["credits"].sum()) > 0.1
-    leftover = pytest.approx(team_return - drawn["credits"].sum(), abs=1e-3) if conserve == "terminal" else None
-    assert drawn["leftover"] == leftover
+    total, paid = drawn["credits"].sum(), {"terminal": "paid at the last step", "none": "not paid"}[conserve]
+    *_, above, below = drawn["titles"]
+    assert above.endswith(f"(sum {team_return:.2f})")
+    assert below.endswith(f"(sum {total:.2f}; leftover {team_return - total:.2f}, {paid})")
     env = make_pettingzoo("spread", 3)
     acts = torch.stack([play_episode(env, agent, 1)["act"][0, 0] for _ in range(50)])
     assert len(acts.unique()) > 1 and (acts != acts[0]).any()
 
 
-@pytest.mark.parametrize("leftover", [None, -40.0])
-def test_the_colours_of_credit_png_are_those_of_the_learned_credits(leftover, tmp_path):
-    """A large leftover must not make everything else pale."""
+TITLES = ("title", "above", "below")
+
+
+def test_the_colours_of_credit_png_are_those_of_the_learned_credits(tmp_path):
     credits = np.array([[-0.1, 0.1]] * 5)
-    draw_credits(tmp_path / "credit.png", credits, leftover, np.ones(5), ["a", "b"], "title", [(0, 0, "o")])
+    draw_credits(tmp_path / "credit.png", credits, np.ones(5), ["a", "b"], TITLES, [(0, 0, "o")])
     picture = np.asarray(Image.open(tmp_path / "credit.png").convert("RGB")).astype(int)
 
     def share(*colour: int) -> float:
         return (np.abs(picture - colour).sum(axis=2) < 30).mean()
 
     assert share(103, 0, 31) > 0.03 and share(5, 48, 97) > 0.03  # the two ends of the colour map
-    assert (share(255, 127, 14) > 0.005) == (leftover is not None)
+
+
+def test_a_picture_of_the_gif_tells_step_return_and_credits():
+    """Each agent's box has the colour that its credit for the last step has in credit.png; before a step it is pale."""
+    frame, credits = np.full((300, 500, 3), 255, np.uint8), np.array([[-0.1, 0.1], [0.05, 0.0], [0.0, 0.1]])
+
+    def boxes(step: int) -> list[tuple]:
+        picture = caption(frame, step, credits, np.array([1.0, 2.0, 4.0]), ["agent_0", "b"])
+        assert picture.size == (500, 352)
+        return [picture.getpixel((x, 332)) for x in (20, 270)]
+
+    def colour(credit: float) -> tuple:
+        return tuple(int(255 * x) for x in matplotlib.colormaps["RdBu"]((credit / 0.1 + 1) / 2)[:3])
+
+    assert boxes(0) == [colour(0)] * 2
+    for step in (1, 2, 3):
+        assert boxes(step) == [colour(credit) for credit in credits[step - 1]]
+    assert caption(frame[:50, :50], 3, credits, np.ones(3), ["a", "b"]).size == (400, 102)
+    many = caption(frame, 1, np.ones((2, 60)), np.ones(2), [f"agent_{i}" for i in range(60)])
+    assert many.size == (500, 352)
+
+
+def test_the_random_team_and_what_is_too_short_are_drawn(monkeypatch, tmp_path):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **more: figures.append(figure) or save(figure, *args, **more)
+    )
+    for n, summary in ((9, {"random/episodic_return": -27.5}), (10, {})):
+        points = {"charts/episodic_return": "0.5", "decomposer/reward_correlation": ""}
+        rows = [{"global_step": str(step)} | points for step in range(n)]
+        draw_learning_curve(tmp_path / "learning_curve.png", rows, summary, "title $_{$")
+        (axis,) = figures[-1].axes
+        assert ("too short to tell" in axis.get_title()) == (n < 10)
+        assert [line.get_ydata()[0] for line in axis.lines[1:]] == list(summary.values())
 
 
 def test_long_episodes_give_a_picture_of_bounded_size(monkeypatch, tmp_path):
@@ -219,10 +256,10 @@ def test_long_episodes_give_a_picture_of_bounded_size(monkeypatch, tmp_path):
     for T, columns in ((200, 200), (2000, 200), (2003, 183)):
         credits, reward = np.random.default_rng(0).normal(size=(T, 14)), np.arange(T)
         names = [f"agent_{i}" for i in range(14)]
-        draw_credits(tmp_path / "credit.png", credits, 1.0, reward, names, "title", [(T - 1, 3, "o")])
+        draw_credits(tmp_path / "credit.png", credits, reward, names, TITLES, [(T - 1, 3, "o")])
         assert max(Image.open(tmp_path / "credit.png").size) <= 5000
         shown, bars = (
-            figures[-1].axes[2].images[0].get_array(),
+            figures[-1].axes[1].images[0].get_array(),
             [bar.get_height() for bar in figures[-1].axes[0].patches],
         )
         width = -(-T // 200)
@@ -230,13 +267,13 @@ def test_long_episodes_give_a_picture_of_bounded_size(monkeypatch, tmp_path):
         for k in range(columns):
             np.testing.assert_allclose(shown[:, k], credits[k * width : (k + 1) * width].sum(axis=0), atol=1e-9)
             assert bars[k] == reward[k * width : (k + 1) * width].sum()
-        assert len(figures[-1].axes[2].texts) == (width == 1)
+        assert len(figures[-1].axes[1].texts) == (width == 1)
 
 
 def test_names_are_drawn_as_they_are(tmp_path):
     """Dollar signs begin no formula, which would be one that cannot be read."""
     credits, names, marks = np.ones((3, 2)), ["$_{$", "b"], [(0, 0, "$_{$")]
-    draw_credits(tmp_path / "credit.png", credits, None, np.ones(3), names, "$_{$", marks)
+    draw_credits(tmp_path / "credit.png", credits, np.ones(3), names, ("$_{$", "$_{$", "$_{$"), marks)
     assert Image.open(tmp_path / "credit.png").size[0] > 300
 
 
@@ -250,7 +287,7 @@ def test_the_pace_of_episode_gif(fps, milliseconds, monkeypatch, tmp_path):
     monkeypatch.setattr(stas_ippo_alicebob, "make_parallel_env", build)
     args, rows = stas_ippo_alicebob.Args(), [{"global_step": 1, "charts/episodic_return": 1}]
     networks = stas_ippo_alicebob.make_networks(args, stas_ippo_alicebob.make_env(args, 1))
-    assert draw_run(tmp_path, stas_ippo_alicebob, args, *networks, rows, 1) == list(PICTURES)
+    assert draw_run(tmp_path, stas_ippo_alicebob, args, networks, rows, {}, 1) == list(PICTURES)
     gif, durations = Image.open(tmp_path / "episode.gif"), []
     for i in range(gif.n_frames):
         gif.seek(i)
