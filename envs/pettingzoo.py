@@ -504,10 +504,11 @@ def side_by_side(make_one: Callable[[], ParallelEnv], num_envs: int):
 
 def check_memory(args, env, device: str | torch.device) -> None:
     """ValueError if there are too many coalitions, or if observations take more memory than there is: those of a
-    roll-out, twice in single precision, and those of the replay buffer, in half precision."""
+    roll-out, twice in single precision, and those of the replay buffer, in half precision, where credit is learned."""
     if args.credit == "stas" and args.coalition == "exact" and env.num_agents > 8:
         raise ValueError("--coalition exact: must be another with more than 8 agents")
     stored = min(args.buffer_size, args.total_timesteps // env.horizon + args.num_envs)  # episodes
+    stored *= args.credit in ("stas", "temporal")
     needed = env.horizon * env.num_agents * env.obs_dim * (8 * args.num_envs + 2 * stored)  # bytes
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.device(device).type == "cuda":

@@ -295,11 +295,12 @@ def test_many_actions_are_stored_whole(run_script, tmp_path):
 
 def test_more_observations_than_memory_are_refused(run_script, tmp_path, monkeypatch):
     """8 environments of 10 steps, 2 agents and 1 number take 1,280 bytes, and 60 + 8 stored episodes 2,720."""
-    flags = f'--buffer-size 99 --env-id {HERE} --horizon 10 --env-kwargs {{"kind":"toggle"}} --run-dir run'
-    for memory, code in ((3999, 2), (4000, 0)):
+    flags = f'--buffer-size 99 --env-id {HERE} --horizon 10 --env-kwargs {{"kind":"toggle"}}'
+    for credit, memory, code in (("stas", 3999, 2), ("stas", 4000, 0), ("dense", 1279, 2), ("dense", 1280, 0)):
         monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.get)
-        found, _, err = run_script(f"{TINY[PETTINGZOO].replace('--buffer-size 12', '')} {flags}", PETTINGZOO)
-        assert found == code and (tmp_path / "run").exists() == (code == 0), err
+        more = f"--credit {credit} --run-dir {credit}"
+        found, _, err = run_script(f"{TINY[PETTINGZOO].replace('--buffer-size 12', '')} {flags} {more}", PETTINGZOO)
+        assert found == code and (tmp_path / credit).exists() == (code == 0), err
         assert ("--num-envs 8: must be less, or --buffer-size" in err) == (code == 2)
 
 
