@@ -33,8 +33,8 @@ from torch.utils.tensorboard import SummaryWriter
 PANELS = {  # of learning_curve.png: column of metrics.csv, title, figure of summary.json that the random team has
     "charts/episodic_return": ("team return", "random/episodic_return"),
     "charts/treasure_rate": ("treasure rate", "random/treasure_rate"),
-    "decomposer/reward_correlation": ("when: do credits follow the true reward?\n(correlation, 1 = perfect)", None),
-    "decomposer/shapley_correlation": ("who: do they follow Shapley values?\n(correlation, 1 = perfect)", None),
+    "decomposer/reward_correlation": ("when: credits over time against the\ntrue reward (1 = perfect)", None),
+    "decomposer/shapley_correlation": ("who: credits over agents against\nShapley values (1 = perfect)", None),
 }
 COLOURS = matplotlib.colormaps["RdBu"]  # of credits: red below zero, blue above
 
@@ -99,7 +99,7 @@ def draw_learning_curve(path: Path, rows: list[dict], summary: dict, title: str)
     for axis, (column, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         axis.plot(*zip(*points), color="tab:blue", marker=".")
         name, random = PANELS[column]
-        axis.set_title(name + "\n(too short to tell)" * (len(points) < 10), fontsize=10)
+        axis.set_title(name + "\n(under 10 points: too short to tell)" * (len(points) < 10), fontsize=10)
         axis.set_xlabel("environment steps")
         axis.xaxis.set_major_formatter(EngFormatter())
         if random in summary:
@@ -135,16 +135,16 @@ def draw_credits(path: Path, credits: np.ndarray, reward: np.ndarray, names, tit
 
 
 def caption(frame: np.ndarray, step: int, credits: np.ndarray, reward: np.ndarray, names) -> Image.Image:
-    """A picture of the state after `step` steps, with the return so far and each agent's credit for the last of them:
-    a box in the colour it has in credit.png."""
+    """A picture of the state after `step` steps, numbered from 0, with the return so far and the agents' credits for
+    the last of them: boxes in the colours of credit.png."""
     height, width = frame.shape[:2]
     total = max(width, 400)
     image = Image.new("RGB", (total, height + 52), "white")
     image.paste(Image.fromarray(frame), ((total - width) // 2, 0))
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    text = f"step {step}    return so far {reward[:step].sum():.2f}"
+    text = f"{f'after step {step - 1}' if step else 'start'}    return {reward[:step].sum():.2f}"
     pen.text((8, height + 14), text, fill="black", font=font, anchor="lm")
-    pen.text((total - 8, height + 14), "credit (blue: good, red: bad)", fill="black", font=font, anchor="rm")
+    pen.text((total - 8, height + 14), "credit for this step (blue > 0 > red)", fill="black", font=font, anchor="rm")
     strength = credits[step - 1] / max(float(np.abs(credits).max()), 1e-8) if step else np.zeros(len(names))
     side = total / len(names)
     for i, name in enumerate(names):
@@ -184,8 +184,8 @@ def draw_run(
     title, below = f"{task}: one episode after training", f"credit that each agent got (--credit {args.credit})"
     if decomposer is not None:
         below, leftover = "credit that STAS gave each agent", reward.sum() - credits.sum()
-        when = {"terminal": "paid at the last step", "uniform": "paid in all steps", "none": "not paid"}[args.conserve]
-        below += f" (sum {credits.sum():.2f}; leftover {leftover:.2f}, {when})"
+        when = {"terminal": "paid at the last step", "uniform": "paid at all steps", "none": "not paid"}[args.conserve]
+        below += f" (sum {credits.sum():.2f}; not shown: leftover {leftover:.2f}, {when})"
     if "event" in episode:
         events = episode["event"][0].int()  # (T, N)
         marks = [(t, i, env.event_names[events[t, i].item()]) for t, i in events.nonzero().tolist()]
@@ -241,6 +241,9 @@ def main(flags: EvaluateArgs) -> None:
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         scores = f"return {summary['eval/episodic_return']:.2f} (random team {summary['random/episodic_return']:.2f})"
         print(f"{scores} on PettingZoo over {flags.episodes} episodes")
+    elif "eval/episodic_return" in summary:
+        scores = [f"{summary[f'{who}/episodic_return']:.2f}" for who in ("eval", "random")]
+        print(f"after training: return {scores[0]} (random team {scores[1]})")
     pictures = draw_run(run_dir, script, args, networks, rows, summary, seed)
     log_to_tensorboard(run_dir, evaluated, pictures, state["global_step"])
     print(f"drawn: {', '.join(str(run_dir / name) for name in pictures)}")

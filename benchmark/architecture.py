@@ -11,15 +11,15 @@ import tyro
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 BOXES = (  # title, text, colour
-    ("1. Episode", "what each agent saw and did,\nstep by step;\nthe team's return R at the end", "#eeeeee"),
-    ("2. Time", "causal attention:\neach step looks back on\nthe same agent's steps", "#cfe3f7"),
+    ("Episode", "what each agent saw and did,\nstep by step;\nthe team's return R at the end", "#eeeeee"),
+    ("Time", "causal attention:\neach step looks back on\nthe same agent's steps", "#cfe3f7"),
     (
-        "3. Agents",
+        "Agents",
         "each agent looks at itself and\na random coalition of the others;\nmean over M coalitions",
         "#fde3c2",
     ),
-    ("4. Credits", "one number per agent and step;\ntrained so that all of them\nadd up to R", "#d3ecd2"),
-    ("5. PPO", "each agent learns from\nits own credits,\nindependently", "#eeeeee"),
+    ("Credits", "one number per agent and step;\ntrained so that all of them\nadd up to R", "#d3ecd2"),
+    ("PPO", "each agent learns from\nits own credits,\nindependently", "#eeeeee"),
 )
 
 

@@ -31,7 +31,9 @@ if __name__ == "__main__":
     config = json.loads((args.run_dir / "config.json").read_text())
     config["flags"] |= {"run_dir": None, "resume": None}
     args.folder.mkdir(parents=True)
-    shutil.copy(args.run_dir / "metrics.csv", args.folder)  # which evaluate.py draws
+    for name in ("metrics.csv", "summary.json"):  # which evaluate.py draws
+        if (args.run_dir / name).exists():
+            shutil.copy(args.run_dir / name, args.folder)
     (args.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     kept = {"agent", "decomposer", "iteration", "global_step", "wall_time"} & set(checkpoint)
     torch.save({name: checkpoint[name] for name in sorted(kept)}, args.folder / "checkpoint.pt")

@@ -418,7 +418,7 @@ def headline_table(rows: list[dict]) -> str:
         for other in list(columns)[1:]:
             more = paired(found["stas"], found[other], "training_return")
             shown = len(more) > 1 and ttest_1samp(more, 0).pvalue < 0.05
-            verdicts.append(("yes" if np.mean(more) > 0 else "behind") if shown else "not shown")
+            verdicts.append(("yes" if np.mean(more) > 0 else "behind") if shown else "unclear")
         lines.append(f"| {task} | {' | '.join(f'{np.mean(each):.2f}' for each in scores)} | {', '.join(verdicts)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 

@@ -180,22 +180,23 @@ def draw(env: ParticleEnv, pixels: int = 500, reach: float = 1.5) -> np.ndarray:
     scale = 2 * pixels  # twice the size, for smooth edges
     image = Image.new("RGB", (scale, scale), "white")
     pen = ImageDraw.Draw(image)
-
-    def disc(pos: torch.Tensor, size: float, fill, text: str = "") -> None:
-        x, y = (pos.tolist()[0] / reach + 1) * scale / 2, (1 - pos.tolist()[1] / reach) * scale / 2
-        radius = size / reach * scale / 2
+    landmark_size, legend = CooperativePush.target_size, "grey: landmarks to cover"
+    if isinstance(env, SimpleTag):
+        landmark_size, legend = SimpleTag.obstacle_size, "green: prey, grey: obstacles"
+    elif isinstance(env, CooperativePush):
+        legend = "brown: ball, grey: target"
+    discs = [(landmark_size, pos, (90, 90, 90), "") for pos in env.landmark_pos[0]]
+    discs += [(SimpleTag.prey_size, pos, (60, 160, 60), "") for pos in getattr(env, "prey_pos", [[]])[0]]
+    discs += [(CooperativePush.ball_size, pos, (217, 140, 38), "") for pos in getattr(env, "ball_pos", [[]])[0]]
+    discs += [(env.size, pos, AGENT_COLOUR, str(i)) for i, pos in enumerate(env.agent_pos[0])]
+    texts = []
+    for size, pos, fill, text in sorted(discs, key=lambda disc: -disc[0]):  # the small ones on top
+        x, y, radius = (1 + pos[0].item() / reach) * pixels, (1 - pos[1].item() / reach) * pixels, size / reach * pixels
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-        pen.text((x, y), text, fill="white", font=ImageFont.load_default(1.3 * radius), anchor="mm")
-
-    landmark_size = SimpleTag.obstacle_size if isinstance(env, SimpleTag) else CooperativePush.target_size
-    for pos in env.landmark_pos[0]:
-        disc(pos, landmark_size, (90, 90, 90))
-    for pos in getattr(env, "prey_pos", torch.empty(1, 0, 2))[0]:
-        disc(pos, SimpleTag.prey_size, (60, 160, 60))
-    for pos in getattr(env, "ball_pos", torch.empty(1, 0, 2))[0]:
-        disc(pos, CooperativePush.ball_size, (217, 140, 38))
-    for i, pos in enumerate(env.agent_pos[0]):
-        disc(pos, env.size, AGENT_COLOUR, str(i))
+        texts.append(((x, y), text, ImageFont.load_default(1.3 * radius)))
+    for place, text, font in texts:
+        pen.text(place, text, fill="white", font=font, anchor="mm")
+    pen.text((16, 16), legend, fill="black", font=ImageFont.load_default(26))
     return np.asarray(image.resize((pixels, pixels), Image.Resampling.LANCZOS))
 
 

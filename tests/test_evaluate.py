@@ -59,6 +59,7 @@ def test_any_run_is_drawn_and_evaluated_again(script, more, run_script, tmp_path
         code, out, err = evaluate(flags, tmp_path)
         assert code == 0 and f"drawn: {', '.join(f'run/{name}' for name in PICTURES)}\n" in out, err
         assert ("on PettingZoo over 2 episodes" in out) == ("--episodes" in flags) and "has changed" not in out
+        assert ("after training: return " in out) == ("--episodes" not in flags)
         more = {"checkpoint": "run/checkpoint.pt"} if "--episodes" in flags else {}
         assert json.loads((run / "summary.json").read_text()) == summary | more  # as the script found
         assert all(Image.open(run / name).size[0] > 300 for name in PICTURES)
@@ -193,7 +194,7 @@ def test_the_leftover_is_drawn_and_the_policy_is_sampled(conserve, run_script, l
     total, paid = drawn["credits"].sum(), {"terminal": "paid at the last step", "none": "not paid"}[conserve]
     *_, above, below = drawn["titles"]
     assert above.endswith(f"(sum {team_return:.2f})")
-    assert below.endswith(f"(sum {total:.2f}; leftover {team_return - total:.2f}, {paid})")
+    assert below.endswith(f"(sum {total:.2f}; not shown: leftover {team_return - total:.2f}, {paid})")
     env = make_pettingzoo("spread", 3)
     acts = torch.stack([play_episode(env, agent, 1)["act"][0, 0] for _ in range(50)])
     assert len(acts.unique()) > 1 and (acts != acts[0]).any()
@@ -321,6 +322,9 @@ def test_the_trained_teams_play(folder, no_pictures, evaluate_here, tmp_path):
     for name in ("config.json", "metrics.csv", "checkpoint.pt"):
         shutil.copy(folder / name, tmp_path)
     assert json.loads((folder / "config.json").read_text())["flags"]["run_dir"] is None
+    kept = json.loads((folder / "summary.json").read_text())
+    (row,) = [line for line in (ROOT / "docs/checkpoints.md").read_text().splitlines() if f"`{folder.name}`" in line]
+    assert row.endswith(f"| {kept['eval/episodic_return']:.2f} | {kept['random/episodic_return']:.2f} |")
     evaluate_here(tmp_path, episodes=4)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["eval/episodic_return"] > summary["random/episodic_return"]
