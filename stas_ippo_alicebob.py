@@ -57,7 +57,7 @@ class Args:
     checkpoint_every: int = 10  # iterations between two checkpoints
     eval_episodes: int = 100  # episodes of the final evaluation on the PettingZoo environment
 
-    total_timesteps: int = 600_000  # [PPO] environment steps (joint actions in running episodes) to train for
+    total_timesteps: int = 600_000  # [PPO] environment steps (joint actions in running episodes), in whole iterations
     num_envs: int = 512  # episodes per iteration, played side by side
     learning_rate: float = 2e-3  # learning rate of the policy and the critic (Adam)
     anneal_lr: bool = True  # decay both learning rates, of PPO and of the decomposer, linearly to zero

@@ -79,7 +79,7 @@ class Args:
     masked: bool | None = None  # observations end with a mask of what is allowed (None: if trial episodes need one)
     env_workers: int = 0  # processes that play copies of a ParallelEnv (0: this one)
 
-    total_timesteps: int = 600_000  # [PPO] environment steps (joint actions) to train for
+    total_timesteps: int = 600_000  # [PPO] environment steps (joint actions) to train for, in whole iterations
     num_envs: int = 128  # episodes per iteration, played side by side
     learning_rate: float = 1e-3  # learning rate of the policy and the critic (Adam)
     anneal_lr: bool = True  # decay both learning rates, of PPO and of the decomposer, linearly to zero

@@ -68,7 +68,7 @@ class Args:
     num_obstacles: int | None = None  # obstacles in tag (None: 2 up to 3 agents, 3 up to 6, then 5)
     max_cycles: int | None = None  # steps of an episode (None: 25; 50 in push)
 
-    total_timesteps: int = 600_000  # [PPO] environment steps (joint actions) to train for
+    total_timesteps: int = 600_000  # [PPO] environment steps (joint actions) to train for, in whole iterations
     num_envs: int = 128  # episodes per iteration, played side by side
     learning_rate: float = 1e-3  # learning rate of the policy and the critic (Adam)
     anneal_lr: bool = True  # decay both learning rates, of PPO and of the decomposer, linearly to zero
