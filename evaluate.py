@@ -36,6 +36,7 @@ PANELS = {  # of learning_curve.png: column of metrics.csv, title, figure of sum
     "decomposer/reward_correlation": ("when: credits over time against the\ntrue reward (1 = perfect)", None),
     "decomposer/shapley_correlation": ("who: credits over agents against\nShapley values (1 = perfect)", None),
 }
+UNSEEN = ("stas", "temporal", "uniform", "episodic")  # kinds of credit that are made of the return alone
 COLOURS = matplotlib.colormaps["RdBu"]  # of credits: red below zero, blue above
 
 
@@ -183,14 +184,17 @@ def draw_run(
     credits, reward = script.decompose(args, decomposer, episode)[0].numpy(), episode["team_reward"][0].numpy()
     title, below = f"{task}: one episode after training", f"credit that each agent got (--credit {args.credit})"
     if decomposer is not None:
-        below, leftover = "credit that STAS gave each agent", reward.sum() - credits.sum()
+        who, leftover = "STAS" if args.credit == "stas" else "the decomposer", reward.sum() - credits.sum()
         when = {"terminal": "paid at the last step", "uniform": "paid at all steps", "none": "not paid"}[args.conserve]
-        below += f" (sum {credits.sum():.2f}; not shown: leftover {leftover:.2f}, {when})"
+        below = (
+            f"credit that {who} gave each agent (sum {credits.sum():.2f}; not shown: leftover {leftover:.2f}, {when})"
+        )
     if "event" in episode:
         events = episode["event"][0].int()  # (T, N)
         marks = [(t, i, env.event_names[events[t, i].item()]) for t, i in events.nonzero().tolist()]
         title += f" ({env.legend})" if env.legend else ""
-    titles = title, f"reward that the agents never saw (sum {reward.sum():.2f})", below
+    above = "reward that the agents never saw" if args.credit in UNSEEN else "true reward"
+    titles = title, f"{above} (sum {reward.sum():.2f})", below
     draw_credits(run_dir / "credit.png", credits, reward, env.possible_agents, titles, marks)
     if not frames:
         return ["learning_curve.png", "credit.png"]

@@ -167,7 +167,8 @@ def test_an_oracle_is_evaluated_with_the_credits_of_mpe2s_state(run_script, look
     assert run_script(f"{TINY[MPE]} --credit difference --run-dir run", MPE)[0] == 0
     evaluate_here(tmp_path / "run")
     ((_, shown),) = played
-    assert "leftover" not in drawn["titles"][2] and np.array_equal(drawn["credits"], shown["difference"][0].numpy())
+    assert "leftover" not in drawn["titles"][2] and drawn["titles"][1].startswith("true reward (sum ")
+    assert np.array_equal(drawn["credits"], shown["difference"][0].numpy())
     # Those of the first step depend on where the agents start and go: read them off mpe2's state.
     seed = int(np.random.SeedSequence((1, 0)).generate_state(1)[0]) // 2
     env, frames = make_pettingzoo("spread", 3, nearest_first=True, render_mode="rgb_array"), []
@@ -193,7 +194,7 @@ def test_the_leftover_is_drawn_and_the_policy_is_sampled(conserve, run_script, l
     assert abs(drawn["credits"].sum()) > 0.1
     total, paid = drawn["credits"].sum(), {"terminal": "paid at the last step", "none": "not paid"}[conserve]
     *_, above, below = drawn["titles"]
-    assert above.endswith(f"(sum {team_return:.2f})")
+    assert above == f"reward that the agents never saw (sum {team_return:.2f})"
     assert below.endswith(f"(sum {total:.2f}; not shown: leftover {team_return - total:.2f}, {paid})")
     env = make_pettingzoo("spread", 3)
     acts = torch.stack([play_episode(env, agent, 1)["act"][0, 0] for _ in range(50)])
