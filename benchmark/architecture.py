@@ -15,11 +15,11 @@ BOXES = (  # title, text, colour
     ("Time", "causal attention:\neach step looks back on\nthe same agent's steps", "#cfe3f7"),
     (
         "Agents",
-        "each agent looks at itself and\na random coalition of the others;\nmean over M coalitions",
+        "each agent looks at itself and\na random coalition of the others;\nmean over several",
         "#fde3c2",
     ),
     ("Credits", "one number per agent and step;\ntrained so that all of them\nadd up to R", "#d3ecd2"),
-    ("PPO", "each agent learns from\nits own credits,\nindependently", "#eeeeee"),
+    ("PPO", "each agent learns from\nits own credits", "#eeeeee"),
 )
 
 
