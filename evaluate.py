@@ -149,8 +149,9 @@ def caption(frame: np.ndarray, step: int, credits: np.ndarray, reward: np.ndarra
     strength = credits[step - 1] / max(float(np.abs(credits).max()), 1e-8) if step else np.zeros(len(names))
     side = total / len(names)
     for i, name in enumerate(names):
+        left, right = i * side + 2, max((i + 1) * side - 3, i * side + 2)
         colour = tuple(int(255 * x) for x in COLOURS((strength[i] + 1) / 2)[:3])
-        pen.rectangle((i * side + 2, height + 28, (i + 1) * side - 3, height + 49), fill=colour, outline="gray")
+        pen.rectangle((left, height + 28, right, height + 49), fill=colour, outline="gray")
         fill, text = "white" if abs(strength[i]) > 0.6 else "black", str(name).removeprefix("agent_")
         if pen.textlength(text, font) < side:
             pen.text(((i + 0.5) * side, height + 39), text, fill=fill, font=font, anchor="mm")

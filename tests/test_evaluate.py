@@ -231,8 +231,9 @@ def test_a_picture_of_the_gif_tells_step_return_and_credits():
     for step in (1, 2, 3):
         assert boxes(step) == [colour(credit) for credit in credits[step - 1]]
     assert caption(frame[:50, :50], 3, credits, np.ones(3), ["a", "b"]).size == (400, 102)
-    many = caption(frame, 1, np.ones((2, 60)), np.ones(2), [f"agent_{i}" for i in range(60)])
-    assert many.size == (500, 352)
+    for many in (60, 150, 1000):  # boxes narrower than their frames
+        names = [f"agent_{i}" for i in range(many)]
+        assert caption(frame, 1, np.ones((2, many)), np.ones(2), names).size == (500, 352)
 
 
 def test_the_random_team_and_what_is_too_short_are_drawn(monkeypatch, tmp_path):
