@@ -38,6 +38,7 @@ PANELS = {  # of learning_curve.png: column of metrics.csv, title, figure of sum
 }
 UNSEEN = ("stas", "temporal", "uniform", "episodic")  # kinds of credit that are made of the return alone
 COLOURS = matplotlib.colormaps["RdBu"]  # of credits: red below zero, blue above
+matplotlib.rcParams["text.parse_math"] = False  # a "$" in a name is a dollar
 
 
 @dataclass
@@ -96,7 +97,7 @@ def draw_learning_curve(path: Path, rows: list[dict], summary: dict, title: str)
     curves = {c: [(int(row["global_step"]), float(row[c])) for row in rows if row.get(c)] for c in PANELS}
     curves = {column: points for column, points in curves.items() if points}
     figure = Figure(figsize=(5 * len(curves), 3.8), layout="constrained")
-    figure.suptitle(title.replace("$", r"\$"), fontsize=10)
+    figure.suptitle(title, fontsize=10)
     for axis, (column, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         axis.plot(*zip(*points), color="tab:blue", marker=".")
         name, random = PANELS[column]
@@ -116,7 +117,7 @@ def draw_credits(path: Path, credits: np.ndarray, reward: np.ndarray, names, tit
     starts = np.arange(0, len(credits), width)
     credits, reward = np.add.reduceat(credits, starts), np.add.reduceat(reward, starts)
     T, N = credits.shape
-    title, above, below = (text.replace("$", r"\$") for text in titles)
+    title, above, below = titles
     figure = Figure(figsize=(min(max(0.32 * T + 3, 8), 40), min(3.2 + 0.45 * N, 20)), layout="constrained")
     figure.suptitle(title, fontsize=10)
     top, heat = figure.subplots(2, 1, sharex=True, height_ratios=(1.6, 0.5 * N))
@@ -125,12 +126,12 @@ def draw_credits(path: Path, credits: np.ndarray, reward: np.ndarray, names, tit
     limit = max(float(np.abs(credits).max()), 1e-8)
     image = heat.imshow(credits.T, aspect="auto", cmap=COLOURS, vmin=-limit, vmax=limit)
     heat.set_title(below, fontsize=10, loc="left")
-    heat.set(xlabel="step" if width == 1 else f"{width} steps", xlim=(-0.5, T - 0.5), yticks=range(N))
-    heat.set_yticklabels([str(name).replace("$", r"\$") for name in names])
+    heat.set(xlabel="step" if width == 1 else f"{width} steps", xlim=(-0.5, T - 0.5))
+    heat.set_yticks(range(N), map(str, names))
     heat.xaxis.set_major_locator(MaxNLocator(integer=True))
     for step, agent, text in marks if width == 1 else []:
         colour = "white" if abs(credits[step, agent]) > 0.6 * limit else "black"
-        heat.text(step, agent, text.replace("$", r"\$"), ha="center", va="center", fontsize=7, color=colour)
+        heat.text(step, agent, text, ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=heat, label="credit")
     figure.savefig(path, dpi=120)
 
@@ -187,9 +188,8 @@ def draw_run(
     if decomposer is not None:
         who, leftover = "STAS" if args.credit == "stas" else "the decomposer", reward.sum() - credits.sum()
         when = {"terminal": "paid at the last step", "uniform": "paid at all steps", "none": "not paid"}[args.conserve]
-        below = (
-            f"credit that {who} gave each agent (sum {credits.sum():.2f}; not shown: leftover {leftover:.2f}, {when})"
-        )
+        sums = f"sum {credits.sum():.2f}; not shown: leftover {leftover:.2f}, {when}"
+        below = f"credit that {who} gave each agent ({sums})"
     if "event" in episode:
         events = episode["event"][0].int()  # (T, N)
         marks = [(t, i, env.event_names[events[t, i].item()]) for t, i in events.nonzero().tolist()]
