@@ -486,9 +486,9 @@ def evaluate(args, agent: nn.Module, num_episodes: int) -> dict[str, float]:
     nn.init.zeros_(at_random.actor.layers[-1].weight)  # equal logits; Beta(1, 1): uniform
     nn.init.constant_(at_random.actor.layers[-1].bias, -1e3)
     seed = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0])  # no iteration has number 0
-    torch.manual_seed(seed)
     summary: dict[str, float] = {}
     for who, player in (("eval", agent), ("random", at_random)):
+        torch.manual_seed(seed)
         episodes = rollout(env, player, seed)
         valid, returns = episodes["valid"], episodes["team_reward"].sum(dim=1)
         figures = {"episodic_return": returns.mean(), "episodic_return_std": returns.std(correction=0)}

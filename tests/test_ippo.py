@@ -245,8 +245,13 @@ def test_a_team_at_random_plays_uniformly_and_independently(monkeypatch):
         args = stas_ippo_mpe.Args(continuous_actions=continuous)
         agent, _ = stas_ippo_mpe.make_networks(args, stas_ippo_mpe.make_env(args, 1))
         torch.nn.init.normal_(agent.actor.layers[-1].weight)
-        stas_ippo_mpe.evaluate(args, agent, 20)
-        trained, random = played[-2:]
+        figures = stas_ippo_mpe.evaluate(args, agent, 20)
+        torch.nn.init.normal_(agent.actor.layers[-1].weight)  # another agent meets the same random team
+        again = stas_ippo_mpe.evaluate(args, agent, 20)
+        for name, figure in figures.items():
+            assert (figure == again[name]) == (name.startswith("random") or "return" not in name)
+        trained, random = played[:2]
+        played.clear()
         assert (
             torch.equal(trained["obs"][:, 0], random["obs"][:, 0]) and random["obs"][:, 0].unique(dim=0).shape[0] == 20
         )
