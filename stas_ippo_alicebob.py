@@ -229,12 +229,11 @@ class Decomposer(nn.Module):
         for layer in self.temporal:
             x = layer(x, self.unseen[:T, :T])  # padding comes last, so that no valid step sees it
         x = self.norm(x).unflatten(0, (E, N)).transpose(1, 2).flatten(0, 1)  # (E T, N, D)
-        if self.shapley is not None:
+        if self.shapley is None:  # equal shares
+            x = x.mean(dim=1, keepdim=True)
+        else:
             x = self.shapley(x, *sample_coalitions(self.coalition, self.mc_samples, E * T, N, x.device))
-        credits = self.head(x).view(E, T, N)
-        if self.shapley is None:
-            credits = credits.mean(dim=2, keepdim=True).expand(E, T, N)
-        return self.scale * credits * valid.unsqueeze(-1)
+        return self.scale * self.head(x).view(E, T, -1).expand(E, T, N) * valid.unsqueeze(-1)
 
 
 def conserve(credits: torch.Tensor, team_return: torch.Tensor, valid: torch.Tensor, where: str) -> torch.Tensor:
@@ -315,11 +314,11 @@ class ActorCritic(nn.Module):
 
     def __init__(self, args, env):
         super().__init__()
-        seen, N, outputs = env.obs_dim, env.num_agents, 2 * env.num_actions if env.continuous else env.num_actions
+        seen, N = env.obs_dim, env.num_agents
         self.register_buffer("agent_id", torch.eye(N), persistent=False)
         self.centralized = args.critic == "centralized"
         self.actor_sees, self.critic_sees = slice(0, seen + N), slice(seen if self.centralized else 0, None)
-        self.actor = MLP(seen + N, outputs, std=0.01)
+        self.actor = MLP(seen + N, env.num_actions, std=0.01)
         self.critic = MLP((seen * N if self.centralized else seen) + N + 1, 1, std=1.0)
 
     def get_inputs(self, obs: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
@@ -453,17 +452,16 @@ def evaluate(args, agent: nn.Module, num_episodes: int) -> dict[str, float]:
     """Team returns of whole episodes on PettingZoo: eval/... of the agents, random/... of uniformly random actions."""
     env = side_by_side(lambda: make_parallel_env(args), num_episodes)
     at_random, _ = make_networks(args, env)
-    nn.init.zeros_(at_random.actor.layers[-1].weight)  # equal logits; Beta(1, 1): uniform
-    nn.init.constant_(at_random.actor.layers[-1].bias, -1e3)
+    nn.init.zeros_(at_random.actor.layers[-1].weight)  # equal logits
+    at_random.uniform = True  # where actions are continuous
     seed = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0])  # no iteration has number 0
-    summary: dict[str, float] = {}
+    summary: dict[str, float] = {"eval/episodes": num_episodes, "random/episodes": num_episodes}
     for who, player in (("eval", agent), ("random", at_random)):
         torch.manual_seed(seed)
         episodes = rollout(env, player, seed)
         valid, returns = episodes["valid"], episodes["team_reward"].sum(dim=1)
         figures = {"episodic_return": returns.mean(), "episodic_return_std": returns.std(correction=0)}
         figures |= {"episodic_length": valid.sum(dim=1).float().mean(), "terminated": env.terminated.float().mean()}
-        figures["episodes"] = valid[:, 0].sum()
         summary |= {f"{who}/{name}": value.item() for name, value in figures.items()}
     return summary
 
@@ -531,10 +529,9 @@ if __name__ == "__main__":
     os.replace(run_dir / "config.tmp", run_dir / "config.json")
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
-    csv_writer, start_time = None, time.time() - wall_time
+    csv_writer, start_time, stopped = None, time.time() - wall_time, []
 
     # At Ctrl-C or SIGTERM an iteration ends and is saved; the second one ends at once.
-    stopped: list[int] = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda code, _: os._exit(128 + code) if stopped else stopped.append(128 + code))
 
@@ -578,8 +575,7 @@ if __name__ == "__main__":
         # 4. Decompose the fresh episodes' returns into credits; pay the leftover.
         credits = decompose(args, decomposer, episodes)  # (E, T, N)
         rewards = conserve(credits, team_return, valid, args.conserve if decomposer is not None else "none")
-        metrics["time/decomposer"] = time.time() - clock
-        clock = time.time()
+        metrics["time/decomposer"], clock = time.time() - clock, time.time()
 
         # 5. Independent PPO on these rewards, over the S valid steps of all episodes.
         if iteration * args.num_envs >= args.learning_starts:
@@ -602,7 +598,6 @@ if __name__ == "__main__":
             metrics["losses/explained_variance"] = explained_variance(episodes["value"][valid], returns[valid])
         metrics["time/ppo"] = time.time() - clock
 
-        # Stop before logging or saving if weights are no longer finite.
         if not all(weights.isfinite().all() for part in (agent, decomposer or agent) for weights in part.parameters()):
             sys.exit(f"error: a loss is not finite in iteration {iteration}; the last checkpoint is kept")
 

@@ -12,8 +12,8 @@ when an episode ends. One iteration of the training loop, which is at the end of
      return; the leftover is paid at the last step, in equal shares. (The paper drops it: `--conserve none`.)
   5. PPO: one actor and one critic serve all agents, given an agent's one-hot; each agent learns from its own credits.
 
-Axes stand in the order (episode E, time T, agent N, feature). O is the size of an observation, A of a continuous
-action, D of an embedding; H heads, M coalitions, B any batch.
+Axes stand in the order (episode E, time T, agent N, feature): O of an observation, A of a continuous action, D of an
+embedding. H heads, M coalitions, B any batch.
 """
 
 import csv
@@ -35,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch.distributions import Beta, Categorical, Independent
+from torch.distributions import Categorical, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -82,6 +82,7 @@ class Args:
     clip_vloss: bool = False  # clip the value loss too
     ent_coef: float = 0.01  # weight of the entropy bonus
     anneal_ent: bool = True  # decay the weight of the entropy bonus linearly to zero
+    init_std: float = 1.0  # continuous actions: deviation at first, of a range of 1; at most doubles
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest norm of the gradient of policy and critic together
     target_kl: float | None = None  # stop an iteration's policy updates beyond this KL divergence
@@ -339,11 +340,11 @@ class ActorCritic(nn.Module):
 
     def __init__(self, args, env):
         super().__init__()
-        seen, N, outputs = env.obs_dim, env.num_agents, 2 * env.num_actions if env.continuous else env.num_actions
+        seen, N = env.obs_dim, env.num_agents
         self.register_buffer("agent_id", torch.eye(N), persistent=False)
         self.centralized = args.critic == "centralized"
         self.actor_sees, self.critic_sees = slice(0, seen + N), slice(seen if self.centralized else 0, None)
-        self.actor = MLP(seen + N, outputs, std=0.01)
+        self.actor = MLP(seen + N, env.num_actions, std=0.01)
         self.critic = MLP((seen * N if self.centralized else seen) + N + 1, 1, std=1.0)
 
     def get_inputs(self, obs: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
@@ -363,15 +364,20 @@ class ActorCritic(nn.Module):
 
 
 class ContinuousActorCritic(ActorCritic):
-    """Actions in [0, 1]^A, drawn from Beta distributions with parameters above 1, which have a single mode."""
+    """Actions in [0, 1]^A: Gaussian draws, clipped. A limit has the probability of all beyond it (arXiv 1802.07564)."""
+
+    def __init__(self, args, env):
+        super().__init__(args, env)
+        self.init_std, self.raw_std, self.uniform = args.init_std, nn.Parameter(torch.zeros(env.num_actions)), False
 
     def get_action_and_value(self, inputs: torch.Tensor, action: torch.Tensor | None = None):
-        logits = self.actor(inputs[..., self.actor_sees])
-        alpha, beta = (1 + F.softplus(logits).clamp(max=1000)).chunk(2, dim=-1)  # float32 is too coarse above
-        policy = Independent(Beta(alpha, beta, validate_args=False), 1, validate_args=False)
+        mean, std = 0.5 + self.actor(inputs[..., self.actor_sees]), 2 * self.init_std * self.raw_std.sigmoid()
+        policy = Normal(mean, std, validate_args=False)
         if action is None:
-            action = policy.sample().clamp(1e-4, 1 - 1e-4)  # where log-probabilities are finite
-        return action, policy.log_prob(action), policy.entropy(), self.critic(inputs[..., self.critic_sees]).squeeze(-1)
+            action = torch.rand_like(mean) if self.uniform else policy.sample().clamp(0, 1)
+        low, high = torch.special.log_ndtr(-mean / std), torch.special.log_ndtr((mean - 1) / std)
+        logprob = torch.where(action <= 0, low, torch.where(action >= 1, high, policy.log_prob(action))).sum(dim=-1)
+        return action, logprob, policy.entropy().sum(dim=-1), self.critic(inputs[..., self.critic_sees]).squeeze(-1)
 
 
 def make_networks(args, env) -> tuple[nn.Module, nn.Module | None]:
@@ -490,17 +496,16 @@ def evaluate(args, agent: nn.Module, num_episodes: int) -> dict[str, float]:
     """Team returns of whole episodes on PettingZoo: eval/... of the agents, random/... of uniformly random actions."""
     env = side_by_side(lambda: make_parallel_env(args), num_episodes)
     at_random, _ = make_networks(args, env)
-    nn.init.zeros_(at_random.actor.layers[-1].weight)  # equal logits; Beta(1, 1): uniform
-    nn.init.constant_(at_random.actor.layers[-1].bias, -1e3)
+    nn.init.zeros_(at_random.actor.layers[-1].weight)  # equal logits
+    at_random.uniform = True  # where actions are continuous
     seed = int(np.random.SeedSequence((args.seed, 0)).generate_state(1)[0])  # no iteration has number 0
-    summary: dict[str, float] = {}
+    summary: dict[str, float] = {"eval/episodes": num_episodes, "random/episodes": num_episodes}
     for who, player in (("eval", agent), ("random", at_random)):
         torch.manual_seed(seed)
         episodes = rollout(env, player, seed)
         valid, returns = episodes["valid"], episodes["team_reward"].sum(dim=1)
         figures = {"episodic_return": returns.mean(), "episodic_return_std": returns.std(correction=0)}
         figures |= {"episodic_length": valid.sum(dim=1).float().mean(), "terminated": env.terminated.float().mean()}
-        figures["episodes"] = valid[:, 0].sum()
         summary |= {f"{who}/{name}": value.item() for name, value in figures.items()}
     return summary
 
@@ -569,10 +574,9 @@ if __name__ == "__main__":
     os.replace(run_dir / "config.tmp", run_dir / "config.json")
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
-    csv_writer, start_time = None, time.time() - wall_time
+    csv_writer, start_time, stopped = None, time.time() - wall_time, []
 
     # At Ctrl-C or SIGTERM an iteration ends and is saved; the second one ends at once.
-    stopped: list[int] = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda code, _: os._exit(128 + code) if stopped else stopped.append(128 + code))
 
@@ -616,8 +620,7 @@ if __name__ == "__main__":
         # 4. Decompose the fresh episodes' returns into credits; pay the leftover.
         credits = decompose(args, decomposer, episodes)  # (E, T, N)
         rewards = conserve(credits, team_return, valid, args.conserve if decomposer is not None else "none")
-        metrics["time/decomposer"] = time.time() - clock
-        clock = time.time()
+        metrics["time/decomposer"], clock = time.time() - clock, time.time()
 
         # 5. Independent PPO on these rewards, over the S valid steps of all episodes.
         if iteration * args.num_envs >= args.learning_starts:
@@ -640,7 +643,6 @@ if __name__ == "__main__":
             metrics["losses/explained_variance"] = explained_variance(episodes["value"][valid], returns[valid])
         metrics["time/ppo"] = time.time() - clock
 
-        # Stop before logging or saving if weights are no longer finite.
         if not all(weights.isfinite().all() for part in (agent, decomposer or agent) for weights in part.parameters()):
             sys.exit(f"error: a loss is not finite in iteration {iteration}; the last checkpoint is kept")
 

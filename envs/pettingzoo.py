@@ -520,15 +520,14 @@ def check_memory(args, env, device: str | torch.device) -> None:
 
 def apply_mask(env, actor: nn.Module, decomposer: nn.Module | None) -> None:
     """What the mask at the end of an observation forbids gets the logit -inf of the actor, whose inputs begin with the
-    observation. A continuous dimension gets parameters of Beta(1, 1), which adds nothing to log-probabilities and
-    entropies, and the decomposer sees the action 0 there."""
+    observation. A continuous dimension gets a mean so low that its action is 0 with probability 1, which adds nothing
+    to log-probabilities; the decomposer sees the action 0 there."""
     if not getattr(env, "masked", False):
         return
     mask = slice(env.obs_dim - env.num_actions, env.obs_dim)
 
     def forbid(actor, inputs, outputs):
-        forbidden = (inputs[0][..., mask] == 0).tile(1 + env.continuous)
-        return outputs.masked_fill(forbidden, -torch.inf)
+        return outputs.masked_fill(inputs[0][..., mask] == 0, -1e4 if env.continuous else -torch.inf)
 
     actor.register_forward_hook(forbid)
     if decomposer is not None and env.continuous:

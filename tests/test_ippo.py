@@ -138,58 +138,90 @@ def test_the_critic_knows_the_time_and_the_actor_does_not():
         assert len(agent.actor.layers[0].weight.T) == 19 + 2
 
 
-def make_continuous_agent() -> ContinuousActorCritic:
+def make_continuous_agent(num_actions: int = 5) -> ContinuousActorCritic:
     torch.manual_seed(0)
-    env = SimpleNamespace(obs_dim=19, num_actions=5, num_agents=2, continuous=True)
-    agent = ContinuousActorCritic(SimpleNamespace(critic="independent"), env)
-    torch.nn.init.normal_(agent.actor.layers[-1].weight, std=1.0)
+    env = SimpleNamespace(obs_dim=19, num_actions=num_actions, num_agents=2, continuous=True)
+    agent = ContinuousActorCritic(SimpleNamespace(critic="independent", init_std=0.8), env)
+    torch.nn.init.normal_(agent.actor.layers[-1].weight, std=0.3)
+    torch.nn.init.normal_(agent.raw_std)
     return agent
 
 
-def beta_parameters(agent: ContinuousActorCritic, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """obs (..., N, O) -> alpha and beta of every strength (..., N, A)"""
-    outputs = agent.actor(torch.cat((obs, torch.eye(2).expand(*obs.shape[:-1], -1)), dim=-1))
-    return (1 + outputs.exp().log1p()).chunk(2, dim=-1)
+def gaussian_of(agent: ContinuousActorCritic, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """obs (..., N, O) -> mean and deviation of every strength before it is clipped (..., N, A)"""
+    mean = 0.5 + agent.actor(torch.cat((obs, torch.eye(2).expand(*obs.shape[:-1], -1)), dim=-1))
+    return mean, (1.6 / (1 + (-agent.raw_std).exp())).expand_as(mean)
 
 
-def test_continuous_actions_are_beta_draws():
+def below(x: float, mean: float, std: float) -> float:
+    """The probability that a Gaussian draw is at most x."""
+    return math.erfc((mean - x) / std / math.sqrt(2)) / 2
+
+
+def test_continuous_actions_are_clipped_gaussian_draws():
     agent, obs = make_continuous_agent(), torch.randn(1, 2, 19).expand(20_000, -1, -1)
     act, *_ = act_and_value(agent, obs, torch.zeros(20_000))
-    assert act.shape == (20_000, 2, 5) and act.min() > 0 and act.max() < 1
-    a, b = beta_parameters(agent, obs[0])
-    mean, variance = a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
-    assert ((act.mean(0) - mean).abs() < 4.5 * (variance / len(act)).sqrt()).all()
-    assert (act.var(0) / variance - 1).abs().max() < 0.06
+    assert act.shape == (20_000, 2, 5) and act.min() == 0 and act.max() == 1
+    mean, std = gaussian_of(agent, obs[0])
+    for x in (0.0, 0.2, 0.5, 0.9):
+        for i in range(2):
+            for k in range(5):
+                p = below(x, mean[i, k].item(), std[i, k].item())
+                share = (act[:, i, k] <= x).float().mean().item()
+                assert abs(share - p) < 4.5 * math.sqrt(p * (1 - p) / len(act)) + 1e-3
 
 
-def test_continuous_actions_keep_from_where_densities_are_infinite():
-    agent = make_continuous_agent()
-    for bias in (-500.0, 500.0):
-        torch.nn.init.constant_(agent.actor.layers[-1].bias[:5], bias)  # all of alpha
-        torch.nn.init.constant_(agent.actor.layers[-1].bias[5:], -bias)
+def test_the_deviation_of_continuous_actions_starts_at_init_std_and_at_most_doubles():
+    env = SimpleNamespace(obs_dim=19, num_actions=1, num_agents=2, continuous=True)
+    agent = ContinuousActorCritic(SimpleNamespace(critic="independent", init_std=0.3), env)
+    for raw, std in ((0.0, 0.3), (50.0, 0.6)):
+        torch.nn.init.constant_(agent.raw_std, raw)
+        entropy = act_and_value(agent, torch.zeros(1, 2, 19), torch.zeros(1))[2]
+        assert torch.allclose(entropy, torch.tensor(0.5 * math.log(2 * math.pi * math.e * std**2)), atol=1e-5)
+
+
+def test_continuous_probabilities_are_finite_wherever_the_mean_is():
+    for bias, limit in ((-500.0, 0), (500.0, 1)):
+        agent = make_continuous_agent()
+        torch.nn.init.constant_(agent.actor.layers[-1].bias, bias)
         act, logprob, *_ = act_and_value(agent, torch.zeros(100, 2, 19), torch.zeros(100))
-        assert logprob.isfinite().all() and act.min() >= 1e-4 and act.max() <= 1 - 1e-4
+        assert (act == limit).all() and logprob.abs().max() < 1e-6
+        for played in (act, 1 - act, act * 0 + 0.5):  # what an earlier policy may have played
+            agent.zero_grad()
+            logprob = act_and_value(agent, torch.zeros(100, 2, 19), torch.zeros(100), played)[1]
+            logprob.sum().backward()
+            assert logprob.isfinite().all()
+            assert all(p.grad.isfinite().all() for p in (*agent.actor.parameters(), agent.raw_std))
 
 
-def test_continuous_logprob_and_entropy_by_numerical_integration():
+def test_continuous_logprob_and_entropy_by_definition():
     agent, obs = make_continuous_agent(), torch.randn(3, 2, 19)
     act, stored, *_ = act_and_value(agent, obs, torch.zeros(3))
     _, logprob, entropy, _ = act_and_value(agent, obs, torch.zeros(3), act)
     assert torch.equal(stored, logprob)
-    parameters = torch.stack(beta_parameters(agent, obs), dim=-1)  # (3, 2, 5, 2)
-    grid = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    assert (act == 0).any() and (act == 1).any() and ((0 < act) & (act < 1)).any()
+    means, stds = gaussian_of(agent, obs)
     for e in range(3):
         for i in range(2):
             expected_logprob = expected_entropy = 0.0
-            for k, (a, b) in enumerate(parameters[e, i].tolist()):
-                log_density = (a - 1) * grid.log() + (b - 1) * (1 - grid).log()
-                log_density = log_density - log_density.exp().mean().log()  # the density integrates to 1
-                expected_entropy -= (log_density.exp() * log_density).mean().item()
-                x = act[e, i, k].item()
-                log_norm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-                expected_logprob += log_norm + (a - 1) * math.log(x) + (b - 1) * math.log(1 - x)
+            for x, mean, std in zip(act[e, i].tolist(), means[e, i].tolist(), stds[e, i].tolist()):
+                density = math.exp(-(((x - mean) / std) ** 2) / 2) / (std * math.sqrt(2 * math.pi))
+                p = {0.0: below(0, mean, std), 1.0: below(-1, -mean, std)}.get(x, density)
+                expected_logprob += math.log(p)
+                expected_entropy += math.log(std * math.sqrt(2 * math.pi * math.e))  # before it is clipped
             assert logprob[e, i].item() == pytest.approx(expected_logprob, abs=1e-4)
             assert entropy[e, i].item() == pytest.approx(expected_entropy, abs=1e-4)
+
+
+def test_continuous_probabilities_add_up_to_one():
+    agent, obs = make_continuous_agent(num_actions=1), torch.randn(1, 2, 19)
+    torch.nn.init.normal_(agent.actor.layers[-1].weight, std=0.05)
+    inside = (torch.arange(20_000) + 0.5) / 20_000
+    played = torch.cat((torch.tensor([0.0, 1.0]), inside)).view(-1, 1, 1).expand(-1, 2, 1)
+    logprob = act_and_value(agent, obs.expand(len(played), -1, -1), torch.zeros(len(played)), played)[1].double()
+    at_limits, density = logprob[:2].exp().sum(dim=0), logprob[2:].exp().mean(dim=0)
+    assert torch.allclose(at_limits + density, torch.ones(2, dtype=torch.float64), atol=1e-5)
+    assert (at_limits > 0.05).all() and (density > 0.05).all()
 
 
 def test_a_continuous_rollout_stores_what_was_done():
@@ -197,7 +229,7 @@ def test_a_continuous_rollout_stores_what_was_done():
     env, replay = (make("push", 4, 2, continuous_actions=True, max_cycles=25) for _ in range(2))
     env.reset(seed=0)
     replay.reset(seed=0)
-    agent = ContinuousActorCritic(SimpleNamespace(critic="independent"), env)
+    agent = ContinuousActorCritic(SimpleNamespace(critic="independent", init_std=1.0), env)
     episodes = rollout(env, agent)
     obs, act, logprob, team_reward = (episodes[name] for name in ("obs", "act", "logprob", "team_reward"))
     assert act.shape == (4, 25, 2, 5) and logprob.shape == (4, 25, 2) and episodes["valid"].all()
