@@ -22,7 +22,7 @@ PAGES = ["README.md", "benchmark/README.md", *(f"docs/{path.name}" for path in s
 README, *OTHERS = ((ROOT / page).read_text() for page in PAGES)
 DOCS = "\n".join(OTHERS)
 COMMANDS = [
-    line.removeprefix("pip install -r requirements.txt && ")
+    re.sub(r"  # .*", "", line.removeprefix("pip install -r requirements.txt && "))
     for block in re.findall(r"```bash\n(.*?)```", README + DOCS, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
     if line and not line.startswith("#")
