@@ -219,7 +219,8 @@ def main(flags: EvaluateArgs) -> None:
     known = {field.name for field in fields(script.Args)} - {"run_dir", "resume"}
     try:
         args = script.Args(**{name: value for name, value in config["flags"].items() if name in known})
-        agent, decomposer = networks = script.make_networks(args, script.make_env(args, num_envs=1))
+        env = script.side_by_side(lambda: script.make_parallel_env(args), 1)
+        agent, decomposer = networks = script.make_networks(args, env)
         state = torch.load(weights, map_location="cpu", weights_only=True)
         agent.load_state_dict(state["agent"])
         if decomposer is not None:
