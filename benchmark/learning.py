@@ -94,8 +94,9 @@ OWN |= {("spread 3, continuous", "dense"): "--gae-lambda 0.9"}
 OWN |= dict.fromkeys(((task, "episodic") for task in ("HalfCheetah 2x3", "VMAS reverse transport")), "--gae-lambda 1")
 OWN |= {("spread 3, 100 steps", row): "--gae-lambda 0.95" for row in LEARNED}
 # How many steps `episodic` makes in the time of one of `stas`.
-PACE = {"Alice & Bob": 1.8, "push 3": 2.3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 3}
-PACE |= dict.fromkeys(("spread 3", "tag 3", "spread 6", "tag 6", "spread 15"), 2)
+PACE = {"Alice & Bob": 2.2, "push 3": 3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 3.7, "spread 15": 2.5}
+PACE |= dict.fromkeys(("spread 3", "tag 3", "tag 3, lambda 1", "spread 6", "tag 6", "tag 6, learning rate 1e-3"), 2)
+PACE |= {"push 3, gamma 0.98": 2.3}  # of earlier scripts
 ROWS = {  # name: flags
     "stas": "",
     "STAS-ML": "",
@@ -180,7 +181,7 @@ def seeds_of(args: Args, task: str, row: str) -> list[int]:
 def usual_flags(task: str, row: str, own: bool = True) -> str:
     flags = f"{TASKS[task][1]} {ROWS[row]} {OWN.get((task, row), '') if own else ''}"
     if row == "episodic, equal time":
-        flags += f" --total-timesteps {round(PACE[VARIANTS.get(task, task)] * steps_of(flags))}"
+        flags += f" --total-timesteps {round(PACE[task] * steps_of(flags))}"
     return " ".join(flags.split())
 
 
