@@ -394,6 +394,7 @@ OPTIONS_OF_PETTINGZOO = {
     "env_kwargs": '{"local_ratio":0.1}',
     "horizon": "7",
 }
+OPTIONS_OF_CONTINUOUS = {"init_std": "0.5"}
 
 
 def flag(name: str, value: str) -> str:
@@ -409,15 +410,18 @@ def test_every_flag_that_shapes_learning_changes_what_is_learned(script, run_scr
     changes += [("coalition", kind) for kind in ("permutation", "exact", "all")]
     changes += [("conserve", kind) for kind in ("none", "terminal", "uniform") if kind != MODULES[script].Args.conserve]
     if script == PETTINGZOO:
-        changes += OPTIONS_OF_PETTINGZOO.items()
+        changes += [*OPTIONS_OF_PETTINGZOO.items(), ("env_kwargs", '{"continuous_actions":true}')]
     elif script != ALICEBOB:
         changes += [("credit", "shapley"), ("credit", "difference"), *OPTIONS_OF_MPE.items()]
         changes += [("scenario", "tag"), *OPTIONS_OF_TAG.items()]
+    changes += OPTIONS_OF_CONTINUOUS.items() if script != ALICEBOB else []
+    needs = dict.fromkeys(OPTIONS_OF_TAG, "--scenario tag")
+    continuous = '--env-kwargs {"continuous_actions":true}' if script == PETTINGZOO else "--continuous-actions"
+    needs |= dict.fromkeys(OPTIONS_OF_CONTINUOUS, continuous)
     seen = {}
     for name, value in changes:
         change = flag(name, value) if value else ""
-        scenario = "--scenario tag" if name in OPTIONS_OF_TAG else ""
-        code, _, err = run_script(f"{base} {scenario} {change} --run-dir {len(seen)}")
+        code, _, err = run_script(f"{base} {needs.get(name, '')} {change} --run-dir {len(seen)}")
         assert code == 0, err
         agent = torch.load(tmp_path / str(len(seen)) / "checkpoint.pt", weights_only=True)["agent"]
         weights = next(weights for name, weights in agent.items() if name.startswith("actor."))
@@ -432,9 +436,9 @@ def test_every_other_flag_does_what_it_says(script, run_script, tiny, tmp_path, 
     others += " checkpoint_every eval_episodes credit coalition conserve"
     options = {
         ALICEBOB: [],
-        MPE: [*OPTIONS_OF_MPE, *OPTIONS_OF_TAG],
-        ML: [*OPTIONS_OF_MPE, *OPTIONS_OF_TAG],
-        PETTINGZOO: [*OPTIONS_OF_PETTINGZOO, "env_workers", "truncation_ends", "masked"],
+        MPE: [*OPTIONS_OF_MPE, *OPTIONS_OF_TAG, *OPTIONS_OF_CONTINUOUS],
+        ML: [*OPTIONS_OF_MPE, *OPTIONS_OF_TAG, *OPTIONS_OF_CONTINUOUS],
+        PETTINGZOO: [*OPTIONS_OF_PETTINGZOO, *OPTIONS_OF_CONTINUOUS, "env_workers", "truncation_ends", "masked"],
     }[script]
     assert {*ALIVE, *options, *others.split()} == {field.name for field in fields(MODULES[script].Args)}
 
