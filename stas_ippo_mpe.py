@@ -369,7 +369,8 @@ class ContinuousActorCritic(ActorCritic):
             action = torch.rand_like(mean) if self.uniform else policy.sample().clamp(0, 1)
         low, high = torch.special.log_ndtr(-mean / std), torch.special.log_ndtr((mean - 1) / std)
         logprob = torch.where(action <= 0, low, torch.where(action >= 1, high, policy.log_prob(action))).sum(dim=-1)
-        return action, logprob, policy.entropy().sum(dim=-1), self.critic(inputs[..., self.critic_sees]).squeeze(-1)
+        entropy = (policy.entropy() * (mean > -1e3)).sum(dim=-1)  # a mask's forbidden dimensions have none
+        return action, logprob, entropy, self.critic(inputs[..., self.critic_sees]).squeeze(-1)
 
 
 def make_networks(args, env) -> tuple[nn.Module, nn.Module | None]:

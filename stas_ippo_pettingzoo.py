@@ -359,7 +359,8 @@ class ContinuousActorCritic(ActorCritic):
             action = torch.rand_like(mean) if self.uniform else policy.sample().clamp(0, 1)
         low, high = torch.special.log_ndtr(-mean / std), torch.special.log_ndtr((mean - 1) / std)
         logprob = torch.where(action <= 0, low, torch.where(action >= 1, high, policy.log_prob(action))).sum(dim=-1)
-        return action, logprob, policy.entropy().sum(dim=-1), self.critic(inputs[..., self.critic_sees]).squeeze(-1)
+        entropy = (policy.entropy() * (mean > -1e3)).sum(dim=-1)  # a mask's forbidden dimensions have none
+        return action, logprob, entropy, self.critic(inputs[..., self.critic_sees]).squeeze(-1)
 
 
 def make_networks(args, env) -> tuple[nn.Module, nn.Module | None]:
@@ -529,8 +530,7 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if args.reward_scale is None:
-        returns = untrained["team_reward"].sum(dim=1).double()
-        mean, deviation = returns.mean().item(), returns.std(correction=0).item()
+        deviation, mean = (x.item() for x in torch.std_mean(untrained["team_reward"].sum(dim=1).double(), correction=0))
         args.reward_scale = deviation if deviation > 1e-6 * abs(mean) else 1.0
         print(f"returns before training: {mean:.3g} +- {deviation:.3g}, so --reward-scale {args.reward_scale:.3g}")
     adam = {"lr": torch.tensor(0.0, device=device), "fused": True, "capturable": True}

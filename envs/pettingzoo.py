@@ -521,7 +521,7 @@ def check_memory(args, env, device: str | torch.device) -> None:
 def apply_mask(env, actor: nn.Module, decomposer: nn.Module | None) -> None:
     """What the mask at the end of an observation forbids gets the logit -inf of the actor, whose inputs begin with the
     observation. A continuous dimension gets a mean so low that its action is 0 with probability 1, which adds nothing
-    to log-probabilities; the decomposer sees the action 0 there."""
+    to log-probabilities and entropies, and the decomposer sees the action 0 there."""
     if not getattr(env, "masked", False):
         return
     mask = slice(env.obs_dim - env.num_actions, env.obs_dim)

@@ -381,12 +381,14 @@ def test_the_policy_leaves_out_what_an_agent_does_not_have(box):
         at_limits = torch.where(x == 0, first.cdf(torch.zeros(())), 1 - first.cdf(torch.ones(()))).log()
         inside = (0 < x) & (x < 1)
         torch.testing.assert_close(logprob[:, 1], torch.where(inside, first.log_prob(x), at_limits), atol=1e-4, rtol=0)
+        torch.testing.assert_close(entropy[:, 1], first.entropy())
         assert (act[:, 1, 1] == 0).all() and 0.5 < inside.float().mean() < 1
     else:
         assert act[:, 1].max() == 1 and act[:, 2].max() == 2 and act[:, 0].max() == 3
         assert (outputs[:, 2:] == -torch.inf).all()
     (logprob.sum() + entropy.sum()).backward()
-    assert all(weights.grad.isfinite().all() for weights in agent.parameters() if weights.grad is not None)
+    learned = [*agent.actor.parameters(), *([agent.raw_std] if box else [])]
+    assert all(weights.grad.isfinite().all() for weights in learned)
 
 
 def test_credits_do_not_depend_on_actions_that_an_agent_does_not_have():
