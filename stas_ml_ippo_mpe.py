@@ -255,10 +255,10 @@ class MLDecomposer(nn.Module):
                 phi = self.shapley[k](phi, *sample_coalitions(self.coalition, self.mc_samples, E * T, N, x.device))
                 if k < len(self.gate):  # added, so that a token still tells whose it is
                     x = x + self.gate[k] * phi.unflatten(0, (E, T)).transpose(1, 2).flatten(0, 1)
+            else:  # equal shares
+                phi = phi.mean(dim=1, keepdim=True)
             outputs.append(phi)
-        credits = self.head(torch.cat(outputs, dim=-1)).view(E, T, N)
-        if not self.shapley:
-            credits = credits.mean(dim=2, keepdim=True).expand(E, T, N)
+        credits = self.head(torch.cat(outputs, dim=-1)).view(E, T, -1).expand(E, T, N)
         return self.scale * credits * valid.unsqueeze(-1)
 
 
