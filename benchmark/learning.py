@@ -93,10 +93,8 @@ OWN = {(task, "dense"): "--gae-lambda 0.9" for task in SPREAD}  # what search.py
 OWN |= {("spread 3, continuous", "dense"): "--gae-lambda 0.9"}
 OWN |= dict.fromkeys(((task, "episodic") for task in ("HalfCheetah 2x3", "VMAS reverse transport")), "--gae-lambda 1")
 OWN |= {("spread 3, 100 steps", row): "--gae-lambda 0.95" for row in LEARNED}
-# How many steps `episodic` makes in the time of one of `stas`; on some tasks by earlier scripts (docs/speed.md).
+# How many steps `episodic` makes in the time of one of `stas`, if not 2; some by earlier scripts (docs/speed.md).
 PACE = {"Alice & Bob": 2.2, "push 3": 3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 3, "push 3, gamma 0.98": 2.3}
-PACE |= dict.fromkeys(("spread 3", "tag 3", "tag 3, lambda 1", "spread 6"), 2)
-PACE |= dict.fromkeys(("tag 6", "tag 6, learning rate 1e-3", "spread 15"), 2)
 ROWS = {  # name: flags
     "stas": "",
     "STAS-ML": "",
@@ -181,7 +179,7 @@ def seeds_of(args: Args, task: str, row: str) -> list[int]:
 def usual_flags(task: str, row: str, own: bool = True) -> str:
     flags = f"{TASKS[task][1]} {ROWS[row]} {OWN.get((task, row), '') if own else ''}"
     if row == "episodic, equal time":
-        flags += f" --total-timesteps {round(PACE[task] * steps_of(flags))}"
+        flags += f" --total-timesteps {round(PACE.get(task, 2) * steps_of(flags))}"
     return " ".join(flags.split())
 
 
