@@ -32,13 +32,13 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 import numpy as np
@@ -47,6 +47,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock
 from torch.distributions import Categorical, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -530,16 +531,15 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
 
     # Environment, networks, replay buffer, and where they stood if the run is resumed.
-    try:
+    try:  # agents play once before they learn, to meet returns and what is wrong with the environment
         env = make_env(args, args.num_envs, device)
         agent, decomposer = make_networks(args, env)
         agent.to(device)
         check_memory(args, env, device)
         args.masked = getattr(env, "masked", False)
-        if args.resume is None or args.reward_scale is None:  # only played, to meet returns and what is wrong with it
-            learner_seed, env_seed = np.random.SeedSequence((args.seed, 0, RANK)).generate_state(2).tolist()
-            torch.manual_seed(learner_seed)
-            untrained = rollout(env, agent, env_seed)
+        learner_seed, env_seed = np.random.SeedSequence((args.seed, 0, RANK)).generate_state(2).tolist()
+        torch.manual_seed(learner_seed)
+        untrained = rollout(env, agent, env_seed)
     except (ValueError, EnvFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -584,9 +584,9 @@ if __name__ == "__main__":
         run = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name[-128:], resume="allow")
         wandb.init(**run, id=re.sub(r"[^\w-]", "-", run["name"]), config=vars(args), sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+    lock = FileLock(run_dir / "lock").acquire(blocking=False)  # held to the end: two runs would mix their rows
     (run_dir / os.path.basename(__file__)).write_text(Path(__file__).read_text())
-    folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
-    git = f"git -C {folder} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
+    git = f"git -C {quote(os.path.dirname(__file__))} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pettingzoo", "mpe2", "tyro")}
     config = {"script": os.path.basename(__file__), "git_commit": os.popen(git).read().strip(), "versions": versions}
     (run_dir / "config.tmp").write_text(json.dumps(config | {"flags": vars(args)}, indent=2) + "\n")

@@ -313,6 +313,23 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(script, more, signum, 
         assert summaries[0][name] == summaries[1][name]
 
 
+@pytest.mark.parametrize("script", ALL)
+def test_a_run_that_goes_on_is_not_resumed_meanwhile(script, start, run_script, tiny, tmp_path):
+    """Two processes would mix their rows and overwrite each other's checkpoints."""
+    long = tiny.replace("--total-timesteps 600", "--total-timesteps 3000 --checkpoint-every 1")
+    process = start(script, f"{long} --run-dir run")
+    wait_for_rows(2, tmp_path / "run", process)
+    process.send_signal(signal.SIGSTOP)  # so that it does not end before the other one tries
+    code, _, err = finish(start(script, "--resume run"))
+    assert code == 1 and str(Path("run", "lock")) in err.splitlines()[-1]
+    process.send_signal(signal.SIGCONT)
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert run_script(f"{long} --run-dir whole")[0] == 0
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
+    assert run_script("--resume run")[0] == 0  # once it has ended
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(run_script, tiny, tmp_path):
     assert run_script(f"{tiny} --run-dir whole")[0] == 0
     whole, run = tmp_path / "whole", tmp_path / "early"
