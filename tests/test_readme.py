@@ -104,7 +104,7 @@ def tables_in(text: str) -> list[list[str]]:
 
 REPORTS = {  # programs that print the tables of results again: their least number
     **{"learning.py": 5, "search.py": 3, "frontier.py": 1},
-    **{"constant.py": 1, "scaling.py": 3, "shapley_games.py": 1, "simulator.py": 1, "update.py": 1},
+    **{"constant.py": 1, "pace.py": 1, "scaling.py": 3, "shapley_games.py": 1, "simulator.py": 1, "update.py": 1},
 }
 
 
@@ -202,6 +202,7 @@ def test_benchmark_commands(command, tmp_path):
             f"--flags={TINY[MPE]}",
         ],
         "benchmark/update.py": "--num-agents 3 --threads 1 --updates 2".split(),
+        "benchmark/pace.py": ["--tasks", "spread 3", "--turns", "1", "--iterations", "1"],
         "benchmark/scaling.py": (
             "--env-id mpe2.simple_reference_v3 --copies 1 2 --turns 1 --min-seconds 0.01 --total-timesteps 3300"
         ).split(),
