@@ -146,14 +146,15 @@ def caption(frame: np.ndarray, step: int, credits: np.ndarray, reward: np.ndarra
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     text = f"{f'after step {step - 1}' if step else 'start'}    return {reward[:step].sum():.2f}"
     pen.text((8, height + 14), text, fill="black", font=font, anchor="lm")
-    pen.text((total - 8, height + 14), "credit for this step (blue > 0 > red)", fill="black", font=font, anchor="rm")
-    strength = credits[step - 1] / max(float(np.abs(credits).max()), 1e-8) if step else np.zeros(len(names))
+    pen.text((total - 8, height + 14), "credit for this step", fill="black", font=font, anchor="rm")
+    now = credits[step - 1] if step else np.zeros(len(names))
+    strength = now / max(float(np.abs(credits).max()), 1e-8)
     side = total / len(names)
     for i, name in enumerate(names):
         left, right = i * side + 2, max((i + 1) * side - 3, i * side + 2)
         colour = tuple(int(255 * x) for x in COLOURS((strength[i] + 1) / 2)[:3])
         pen.rectangle((left, height + 28, right, height + 49), fill=colour, outline="gray")
-        fill, text = "white" if abs(strength[i]) > 0.6 else "black", str(name).removeprefix("agent_")
+        fill, text = "white" if abs(strength[i]) > 0.6 else "black", f"{name}: {now[i]:+.2f}"
         if pen.textlength(text, font) < side:
             pen.text(((i + 0.5) * side, height + 39), text, fill=fill, font=font, anchor="mm")
     return image

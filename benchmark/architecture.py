@@ -15,10 +15,10 @@ BOXES = (  # title, text, colour
     ("Time", "causal attention:\neach step looks back on\nthe same agent's steps", "#cfe3f7"),
     (
         "Agents",
-        "each agent looks at itself and\na random coalition of the others;\nmean over several",
+        "each agent looks at itself and a\nrandom coalition of the others;\nmean over several coalitions",
         "#fde3c2",
     ),
-    ("Credits", "one number per agent and step;\ntrained so that all of them\nadd up to R", "#d3ecd2"),
+    ("Credits", "one per agent and step, trained\nto add up to R; what is missing\ngoes to all at the end", "#d3ecd2"),
     ("PPO", "each agent learns from\nits own credits", "#eeeeee"),
 )
 

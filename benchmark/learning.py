@@ -524,7 +524,7 @@ def draw_overview(curves: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[len(found) :]:
         axis.axis("off")
-    figure.supxlabel("thousand steps", fontsize=10)
+    figure.supxlabel("environment steps in thousands (line: mean over seeds, band: lowest to highest)", fontsize=10)
     figure.supylabel("team return", fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=10)
     figure.savefig(path, dpi=110)

@@ -230,6 +230,8 @@ def test_a_picture_of_the_gif_tells_step_return_and_credits():
     assert boxes(0) == [colour(0)] * 2
     for step in (1, 2, 3):
         assert boxes(step) == [colour(credit) for credit in credits[step - 1]]
+    told = [caption(frame, 3, scale * credits, np.ones(3), ["a", "b"]).tobytes() for scale in (1, 1, 10)]
+    assert told[0] == told[1] != told[2]  # numbers, beside colours that do not change
     assert caption(frame[:50, :50], 3, credits, np.ones(3), ["a", "b"]).size == (400, 102)
     for many in (60, 150, 1000):  # boxes narrower than their frames
         names = [f"agent_{i}" for i in range(many)]
