@@ -47,7 +47,7 @@ from envs.pettingzoo import side_by_side
 @dataclass
 class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # [the run] name of the experiment
-    seed: int = 1  # learner, environment and evaluation draw from three seeds derived from this one
+    seed: int = 1  # of the first weights; every iteration and the evaluation derive theirs from it
     torch_deterministic: bool = True  # use deterministic torch algorithms only
     cuda: bool = False  # train on a CUDA device if there is one
     num_threads: int = 0  # CPU threads (0: torch's default)
@@ -75,7 +75,7 @@ class Args:
     anneal_lr: bool = True  # decay both learning rates, of PPO and of the decomposer, linearly to zero
     gamma: float = 1.0  # discount factor
     gae_lambda: float = 1.0  # lambda of generalised advantage estimation
-    num_minibatches: int = 16  # minibatches per epoch
+    num_minibatches: int = 16  # minibatches per epoch, at most
     update_epochs: int = 10  # epochs of policy updates per iteration
     norm_adv: bool = True  # normalise the advantages of each minibatch
     adv_eps: float = 1e-8  # added to their standard deviation; advantages far below it stay small
@@ -83,7 +83,7 @@ class Args:
     clip_vloss: bool = False  # clip the value loss too
     ent_coef: float = 0.01  # weight of the entropy bonus
     anneal_ent: bool = True  # decay the weight of the entropy bonus linearly to zero
-    init_std: float = 1.0  # continuous actions: deviation at first, of a range of 1; at most doubles
+    init_std: float = 1.0  # continuous actions, in [0, 1]: standard deviation at first; it can at most double
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # largest norm of the gradient of policy and critic together
     target_kl: float | None = None  # stop an iteration's policy updates beyond this KL divergence
@@ -91,7 +91,7 @@ class Args:
 
     credit: Literal["stas", "temporal", "uniform", "episodic", "dense", "shapley", "difference"] = "stas"
     """[the method] stas (learned), temporal (no attention over agents), uniform (R / length), episodic (R at the end:
-    plain PPO); oracles: dense (the true reward of every step), in spread its exact shares shapley and difference"""
+    plain PPO); oracles: dense (the true reward of every step), in spread its shapley values and difference rewards"""
     conserve: Literal["none", "terminal", "uniform"] = "terminal"  # when to pay R - sum of credits (none: the paper)
     mc_samples: int = 5  # coalitions drawn per agent, step and block, M
     coalition: Literal["bernoulli", "permutation", "exact", "all"] = "bernoulli"
@@ -175,11 +175,11 @@ def sample_coalitions(kind: str, num_samples: int, batch: int, num_agents: int, 
 class ShapleyAttention(nn.Module):
     """Attention over agents, averaged over coalitions: the paper's stand-in for a Shapley value.
 
-    phi_i = sum_m w_m Attn_i(C_m + {i}): agent i attends to itself and the members of a coalition. W_Q is its own, W_K,
-    W_V and W_O are shared, and an identity is added to each input. Only the mask differs between coalitions, and all
-    that follows the softmax is linear, so its probabilities are averaged, and the rest is done once:
+    phi_i = sum_m w_m Attn_i(S_m), S_m = C_m + {i}: agent i attends to itself and the members of a coalition. Each agent
+    has a W_Q and a learned identity vector of its own; W_K, W_V and W_O are shared. Only the mask differs between
+    coalitions, and all after the softmax is linear, so its probabilities are averaged, and the rest is done once:
 
-        P_ij = sum_m w_m 1[j in C_m] e_ij / sum_{k in C_m} e_ik,   e_ij = exp(score_ij),   phi_i = W_O sum_j P_ij v_j
+        P_ij = sum_m w_m 1[j in S_m] e_ij / sum_{k in S_m} e_ik,   e_ij = exp(score_ij),   phi_i = W_O sum_j P_ij v_j
     """
 
     def __init__(self, emb_dim: int, num_heads: int, num_agents: int):
@@ -277,13 +277,13 @@ def conserve(credits: torch.Tensor, team_return: torch.Tensor, valid: torch.Tens
 @torch.no_grad()
 def decompose(args, decomposer: nn.Module | None, episodes: dict[str, torch.Tensor]) -> torch.Tensor:
     """Credits of `args.credit` for whole episodes as `rollout` returns them: (E, T, N) in raw reward units."""
-    team_reward, valid, nothing = episodes["team_reward"], episodes["valid"], torch.zeros_like(episodes["obs"][..., 0])
+    team_reward, valid, zeros = episodes["team_reward"], episodes["valid"], torch.zeros_like(episodes["obs"][..., 0])
     if decomposer is not None:  # it sees nothing of the reward
         return args.reward_scale * decomposer(episodes["obs"], episodes["act"], valid)
     if args.credit in ("episodic", "uniform"):
-        return conserve(nothing, team_reward.sum(dim=1), valid, "terminal" if args.credit == "episodic" else "uniform")
+        return conserve(zeros, team_reward.sum(dim=1), valid, "terminal" if args.credit == "episodic" else "uniform")
     if args.credit == "dense":
-        return nothing + team_reward.unsqueeze(-1) / nothing.shape[2]
+        return zeros + team_reward.unsqueeze(-1) / zeros.shape[2]
     return episodes[args.credit]  # an oracle of the environment
 
 
@@ -314,7 +314,7 @@ class ReplayBuffer:
         return {"count": self.count, "data": {name: rows[: self.count].clone() for name, rows in self.data.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        full = len(next(iter(state["data"].values()))) == self.capacity  # then restore each row's position
+        full = len(next(iter(state["data"].values()))) == self.capacity  # then rows return to where they were
         self.count = state["count"] - self.capacity if full else 0
         self.add(**{name: rows.roll(-state["count"], dims=0) for name, rows in state["data"].items()})  # oldest first
 
@@ -336,8 +336,8 @@ class MLP(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """One actor and one critic for all agents, told by a one-hot which one they serve. The actor sees its observation,
-    the critic too, or all observations if centralized, and the time, as most episodes end at the horizon."""
+    """One actor and one critic for all agents, told by a one-hot which one they serve. The actor sees its observation.
+    The critic sees that, or all observations if centralized, and the time, as most episodes end at the horizon."""
 
     def __init__(self, args, env):
         super().__init__()
@@ -360,12 +360,12 @@ class ActorCritic(nn.Module):
         policy = Categorical(logits=self.actor(inputs[..., self.actor_sees]), validate_args=False)
         if action is None:
             action = policy.sample()
-        entropy = -(policy.logits.exp() * policy.logits.clamp(min=-1e9)).sum(dim=-1)  # policy.entropy() is slower
+        entropy = -(policy.logits.exp() * policy.logits.clamp(min=-1e9)).sum(dim=-1)  # 0 where a mask forbids
         return action, policy.log_prob(action), entropy, self.critic(inputs[..., self.critic_sees]).squeeze(-1)
 
 
 class ContinuousActorCritic(ActorCritic):
-    """Actions in [0, 1]^A: Gaussian draws, clipped. A limit has the probability of all beyond it (arXiv 1802.07564)."""
+    """Actions in [0, 1]^A: Gaussian draws, clipped; 0 and 1 have the probability of a whole tail (arXiv 1802.07564)."""
 
     def __init__(self, args, env):
         super().__init__(args, env)
@@ -431,7 +431,7 @@ def update_agent(args, agent, optimizer, batch: dict[str, torch.Tensor]) -> dict
     """One gradient step of PPO (arXiv 1707.06347) on B steps of episodes: inputs (B, N, I), act (B, N) or (B, N, A),
     logprob, value, advantage and return (B, N), weight (B, 1), which is 0 for steps that do not count, ent_coef ()."""
     _, logprob, entropy, value = agent.get_action_and_value(batch["inputs"], batch["act"])
-    weight = (batch["weight"] / batch["weight"].sum() / logprob.shape[1]).expand_as(logprob)  # these sum to 1
+    weight = (batch["weight"] / batch["weight"].sum().clamp(min=1) / logprob.shape[1]).expand_as(logprob)
     logratio = logprob - batch["logprob"]
     ratio = logratio.exp()
     advantage = batch["advantage"]
@@ -535,32 +535,23 @@ if __name__ == "__main__":
     torch.utils.deterministic.fill_uninitialized_memory = False  # to save time: nothing here reads it
     torch.manual_seed(args.seed)
 
-    # Environment, networks, replay buffer, and where they stood if the run is resumed.
+    # Environment, networks, replay buffer.
     env = make_env(args, args.num_envs, device)
     agent, decomposer = make_networks(args, env)
-    adam = {"lr": torch.tensor(0.0, device=device), "fused": True, "capturable": True}
+    adam = {"lr": torch.tensor(0.0, device=device), "fused": True, "capturable": True}  # the loop sets the rates
     agent_optimizer = torch.optim.Adam(agent.to(device).parameters(), eps=1e-5, **adam)
     parts = {"agent": agent, "agent_optimizer": agent_optimizer}
     if decomposer is not None:
         decomposer_optimizer = torch.optim.Adam(decomposer.to(device).parameters(), **adam | {"lr": adam["lr"].clone()})
         buffer = ReplayBuffer(args.buffer_size, device)
         parts |= {"decomposer": decomposer, "decomposer_optimizer": decomposer_optimizer, "buffer": buffer}
-    names = list(vars(args))[list(vars(args)).index("conserve") : list(vars(args)).index("learning_starts")]
-    if decomposer is None and (idle := [name for name in changed if name in names]):
+    fit = list(vars(args))[list(vars(args)).index("conserve") : list(vars(args)).index("learning_starts")]
+    if decomposer is None and (idle := [name for name in changed if name in fit]):
         print(f"without effect as --credit is {args.credit}: {', '.join(idle)}")
     if device.type == "cuda":
         update_agent, update_decomposer = CudaGraph(update_agent), CudaGraph(update_decomposer)
-    iteration, global_step, wall_time, rows = 0, 0, 0.0, []
-    if args.resume and (run_dir / "checkpoint.pt").exists():
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
-        if lacking := {"rows", *parts} - {*checkpoint}:
-            sys.exit(f"error: --resume {run_dir}: must have a checkpoint with {', '.join(sorted(lacking))}")
-        iteration, global_step, wall_time = (checkpoint[name] for name in ("iteration", "global_step", "wall_time"))
-        rows = checkpoint["rows"]  # of metrics.csv
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint.pop(name))
 
-    # The run folder and the logs.
+    # The run folder, where the run stood if it is resumed, and the logs.
     if args.track:
         import wandb
 
@@ -568,6 +559,15 @@ if __name__ == "__main__":
         wandb.init(**run, id=re.sub(r"[^\w-]", "-", run["name"]), config=vars(args), sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
     lock = FileLock(run_dir / "lock").acquire(blocking=False)  # held to the end: two runs would mix their rows
+    iteration, global_step, wall_time, rows = 0, 0, 0.0, []
+    if args.resume and Path(args.resume, "checkpoint.pt").exists():
+        checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location=device, weights_only=True)
+        if lacking := {"rows", *parts} - {*checkpoint}:
+            sys.exit(f"error: --resume {args.resume}: must have a checkpoint with {', '.join(sorted(lacking))}")
+        iteration, global_step, wall_time = (checkpoint[name] for name in ("iteration", "global_step", "wall_time"))
+        rows = checkpoint["rows"]  # of metrics.csv
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint.pop(name))
     (run_dir / os.path.basename(__file__)).write_text(Path(__file__).read_text())
     git = f"git -C {quote(os.path.dirname(__file__))} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pettingzoo", "mpe2", "tyro")}
@@ -613,11 +613,11 @@ if __name__ == "__main__":
 
             # 3. Fit the decomposer to the returns of stored episodes.
             decomposer_optimizer.param_groups[0]["lr"].fill_(args.decomposer_lr * (remaining if args.anneal_lr else 1))
-            losses = []
+            fit_losses = []
             for _ in range(args.decomposer_updates):
                 batch = buffer.sample(args.decomposer_batch_size)
-                losses.append(update_decomposer(args, decomposer, decomposer_optimizer, batch).clone())
-            metrics["decomposer/loss"] = torch.stack(losses).mean().item() * args.reward_scale**2
+                fit_losses.append(update_decomposer(args, decomposer, decomposer_optimizer, batch).clone())
+            metrics["decomposer/loss"] = torch.stack(fit_losses).mean().item() * args.reward_scale**2
 
         # 4. Decompose the fresh episodes' returns into credits; pay the leftover.
         credits = decompose(args, decomposer, episodes)  # (E, T, N)

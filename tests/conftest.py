@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 torch.set_num_threads(1)  # on tensors as small as here a second thread only costs
@@ -58,6 +59,8 @@ def run_script(monkeypatch, capsys, tmp_path, request):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *flags.split()])
         threads, handlers = torch.get_num_threads(), [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+        locks: list[FileLock] = []
+        monkeypatch.setattr("filelock.FileLock", lambda path: locks.append(FileLock(path)) or locks[-1])
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
             code = 0
@@ -71,6 +74,8 @@ def run_script(monkeypatch, capsys, tmp_path, request):
             torch.use_deterministic_algorithms(False)
             for signum, handler in handlers:
                 signal.signal(signum, handler)
+            for lock in locks:  # as when a process ends
+                lock.release()
         return code, *capsys.readouterr()
 
     return run

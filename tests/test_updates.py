@@ -74,6 +74,16 @@ def test_what_reads_back_is_seen(read):
         read(torch.ones(1))
 
 
+@pytest.mark.parametrize("norm_adv", [True, False])
+def test_a_minibatch_of_nothing_but_padding_changes_nothing(norm_adv):
+    """As a GPU may draw one, where episodes end early."""
+    module, args, agent, _, optimizer, _, steps, _ = build("stas_ippo_mpe.py", "cpu", norm_adv=norm_adv)
+    before = [weights.clone() for weights in agent.parameters()]
+    losses = module.update_agent(args, agent, optimizer, steps | {"weight": torch.zeros_like(steps["weight"])})
+    assert {loss.item() for loss in losses.values()} == {0}
+    assert all(torch.equal(weights, old) for weights, old in zip(agent.parameters(), before))
+
+
 def test_steps_without_weight_do_not_count():
     """An update of some steps is that of all, where the others have no weight."""
     weights = []
