@@ -11,6 +11,7 @@ the benchmark can be stopped and started at any time; a run that was broken off 
 A task or a row of your own is one more line in TASKS or ROWS.
 """
 
+import math
 import re
 import shutil
 import sys
@@ -320,7 +321,9 @@ def treasure_table(rows: list[dict]) -> str:
             for unit, scale in (("steps", 1000), ("seconds", 1))
         )
         cells = [spread(values(runs, "treasure_rate")), spread(values(runs, "length"), "{:.1f}")]
-        cells += [spread(x, "{:.0f}").replace("inf", "never") for x in (steps, seconds)]
+        cells += [
+            "never" if min(x) == math.inf else spread(x, "{:.0f}").replace("inf", "never") for x in (steps, seconds)
+        ]
         reached = sum(rate >= FOUND for rate in values(runs, "treasure_rate"))
         lines.append(f"| {name} | {reached} of {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
