@@ -43,8 +43,8 @@ RELEASED = (  # the released code's settings in MPE, as far as there are flags f
 )
 TASKS = {  # name: script, flags, seeds
     "Alice & Bob": (ALICEBOB, "", 10),
-    "spread 3": (MPE, "", 8),
-    "tag 3": (MPE, "--scenario tag --gae-lambda 0.95", 8),
+    "spread 3": (MPE, "", 10),
+    "tag 3": (MPE, "--scenario tag --gae-lambda 0.95", 10),
     "spread 6": (MPE, "--num-agents 6 --total-timesteps 345000", 5),
     "tag 6": (MPE, "--scenario tag --num-agents 6 --learning-rate 5e-4", 5),
     "push 3": (MPE, "--scenario push --num-envs 64 --gae-lambda 0.95 --total-timesteps 1500000", 5),
@@ -95,7 +95,7 @@ OWN |= {("spread 3, continuous", "dense"): "--gae-lambda 0.9"}
 OWN |= dict.fromkeys(((task, "episodic") for task in ("HalfCheetah 2x3", "VMAS reverse transport")), "--gae-lambda 1")
 OWN |= {("spread 3, 100 steps", row): "--gae-lambda 0.95" for row in LEARNED}
 # How many steps `episodic` makes in the time of one of `stas`, if not 2; some by earlier scripts (docs/speed.md).
-PACE = {"Alice & Bob": 2.2, "push 3": 3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 3, "push 3, gamma 0.98": 2.3}
+PACE = {"Alice & Bob": 2.2, "push 3": 3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 4, "push 3, gamma 0.98": 2.3}
 ROWS = {  # name: flags
     "stas": "",
     "STAS-ML": "",
@@ -136,7 +136,11 @@ HEADLINE = ["stas", "episodic", "episodic, equal time"]
 HEADLINE += ["STAS-ML", "stas, conserve none", "stas, coalition all", "temporal", "uniform"]
 PARTS = HEADLINE[2:]  # rows with fewer seeds than TASKS say
 SEEDS = dict.fromkeys(((task, row) for task in TASKS for row in PARTS), 3)
-SEEDS |= {("spread 3", "STAS-ML"): 5, ("spread 3", "stas, coalition all"): 6, ("tag 3", "episodic, equal time"): 5}
+SEEDS |= {("spread 3", "STAS-ML"): 5, ("spread 3", "stas, coalition all"): 6}
+SEEDS |= dict.fromkeys((("spread 3", row) for row in ("stas, lambda 0.95", "dense, lambda 1")), 8)
+SEEDS |= dict.fromkeys((("spread 3", row) for row in ("shapley", "difference")), 5)
+MORE = ("spread 3", "tag 3", "spread 6", "tag 6", "push 3", "spread 3, 50 steps")
+SEEDS |= dict.fromkeys(((task, "episodic, equal time") for task in MORE), 5)
 SEEDS |= dict.fromkeys((("tag 3, lambda 1", row) for row in ("stas, coalition all", "episodic, equal time")), 6)
 PAST = ("stas, half shared", "stas, shared equally")  # there are results of them, but the flag is gone
 KEYS = ("task", "row", "flags", "threads", "seed")  # the columns of learning.csv that tell runs apart
