@@ -60,7 +60,7 @@ class Args:
     """what every step earns in any case"""
     horizons: list[int] = field(default_factory=lambda: [10, 200])
     """steps of an episode"""
-    seeds: list[int] = field(default_factory=lambda: [1, 2])
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """seeds of each"""
     flags: str = ""
     """more flags for every run"""
