@@ -61,7 +61,7 @@ def test_a_run_leaves_a_complete_folder(script, run_script, tiny, tmp_path):
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()}
     assert {re.sub(r"tfevents.*", "tfevents", name) for name in names} == {
-        "checkpoint.pt", "config.json", "metrics.csv", "summary.json", script, "events.out.tfevents",
+        "checkpoint.pt", "config.json", "lock", "metrics.csv", "summary.json", script, "events.out.tfevents",
     }  # fmt: skip
     assert (run / script).read_bytes() == (ROOT / script).read_bytes()
 
