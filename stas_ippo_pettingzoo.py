@@ -519,13 +519,13 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
 
     # Environment, networks, replay buffer.
-    try:  # agents play once before they learn, to meet returns and what is wrong with the environment
+    try:
         env = make_env(args, args.num_envs, device)
         agent, decomposer = make_networks(args, env)
-        agent.to(device)
         check_memory(args, env, device)
         args.masked = getattr(env, "masked", False)
-        untrained = rollout(env, agent, np.random.SeedSequence((args.seed, 0)).generate_state(1).item())
+        if args.resume is None or args.reward_scale is None:  # only played, to meet returns and what is wrong with it
+            untrained = rollout(env, agent.to(device), np.random.SeedSequence((args.seed, 0)).generate_state(1).item())
     except (ValueError, EnvFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -534,7 +534,7 @@ if __name__ == "__main__":
         args.reward_scale = deviation if deviation > 1e-6 * abs(mean) else 1.0
         print(f"returns before training: {mean:.3g} +- {deviation:.3g}, so --reward-scale {args.reward_scale:.3g}")
     adam = {"lr": torch.tensor(0.0, device=device), "fused": True, "capturable": True}  # the loop sets the rates
-    agent_optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, **adam)
+    agent_optimizer = torch.optim.Adam(agent.to(device).parameters(), eps=1e-5, **adam)
     parts = {"agent": agent, "agent_optimizer": agent_optimizer}
     if decomposer is not None:
         decomposer_optimizer = torch.optim.Adam(decomposer.to(device).parameters(), **adam | {"lr": adam["lr"].clone()})
