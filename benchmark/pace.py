@@ -7,15 +7,15 @@ A turn trains `stas`, then `episodic`, and takes the median of each part of an i
 them. In Alice & Bob the steps of an iteration shrink while it is learned, so the first iterations say nothing there.
 """
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
-from common import RESULTS, append, missing, read, train
+from common import RESULTS, ROOT, append, missing, read
 from learning import ALICEBOB, GRID, TASKS, usual_flags
+from speed import measure
 
 ROWS, PARTS = ("stas", "episodic"), ("rollout", "decomposer", "ppo")
 TIMED = [task for task in GRID if TASKS[task][0] != ALICEBOB]
@@ -30,21 +30,11 @@ class Args:
     report: bool = False  # time nothing
 
 
-def seconds_of(task: str, row: str, iterations: int) -> dict[str, float]:
-    """Median seconds of each part of an iteration of a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        one = "--seed 1 --eval-episodes 1 --total-timesteps "
-        first, _ = train(TASKS[task][0], f"{usual_flags(task, row)} {one} 1".split(), Path(folder) / "first")
-        steps = iterations * int(first[0]["global_step"])
-        rows, _ = train(TASKS[task][0], f"{usual_flags(task, row)} {one} {steps}".split(), Path(folder) / "run")
-    late = rows[len(rows) // 3 :]
-    return {part: round(float(np.median([float(row[f"time/{part}"]) for row in late])), 4) for part in PARTS}
-
-
 def run(args: Args, task: str, turn: int) -> None:
     """One turn, and its row."""
-    times = {row: seconds_of(task, row, args.iterations) for row in ROWS}
-    parts = {f"{row} {part}": seconds for row, some in times.items() for part, seconds in some.items()}
+    flags = {row: f"{usual_flags(task, row)} --seed 1 --num-threads 1" for row in ROWS}
+    times = {row: measure(ROOT, flags[row], args.iterations) for row in ROWS}
+    parts = {f"{row} {part}": round(times[row][f"time/{part}"], 4) for row in ROWS for part in PARTS}
     append(args.results / "pace.csv", [{"task": task, "turn": turn} | parts])
 
 

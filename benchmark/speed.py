@@ -9,6 +9,7 @@ the median over turns. Nothing is kept.
 """
 
 import contextlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -54,10 +55,12 @@ def checked_out(commit: str | None):
 
 def measure(code: Path, flags: str, iterations: int) -> dict[str, float]:
     """One run: median seconds of each part of an iteration, and of the whole, and steps per second."""
-    num_envs = 2048 if "--num-envs 2048" in flags else 128
+    given = dict(re.findall(r"--(num-envs|max-cycles) (\d+)", flags))
+    horizon = int(given.get("max-cycles", 50 if "--scenario push" in flags else 25))
+    steps = int(given.get("num-envs", 128)) * horizon * iterations
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(code / "stas_ippo_mpe.py"), *flags.split(), "--run-dir", f"{folder}/run"]
-        command += ["--eval-episodes", "1", "--total-timesteps", str(25 * num_envs * iterations)]
+        command += ["--eval-episodes", "1", "--total-timesteps", str(steps)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rows = read(Path(folder) / "run" / "metrics.csv")
     late = rows[len(rows) // 3 :]

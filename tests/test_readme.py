@@ -202,7 +202,7 @@ def test_benchmark_commands(command, tmp_path):
             f"--flags={TINY[MPE]}",
         ],
         "benchmark/update.py": "--num-agents 3 --threads 1 --updates 2".split(),
-        "benchmark/pace.py": ["--tasks", "spread 3", "--turns", "1", "--iterations", "1"],
+        "benchmark/pace.py": ["--tasks", "spread 3", "--turns", "1", "--iterations", "3"],
         "benchmark/scaling.py": (
             "--env-id mpe2.simple_reference_v3 --copies 1 2 --turns 1 --min-seconds 0.01 --total-timesteps 3300"
         ).split(),
