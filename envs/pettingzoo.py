@@ -56,10 +56,11 @@ def find(env_id: str) -> tuple[Callable, bool]:
             f"--env-id {env_id}: must be a module or an id that PettingZoo knows ({one_line(error)})"
         ) from error
     for name in ("batched_env", "parallel_env"):
-        if hasattr(named, name):
+        if callable(getattr(named, name, None)):
             return getattr(named, name), name == "batched_env"
     hint = "; pettingzoo.utils.conversions.aec_to_parallel makes one of its env()" if hasattr(named, "env") else ""
-    raise ValueError(f"--env-id {env_id}: must be a module with a function parallel_env or batched_env{hint}")
+    where = f" ({named.__file__} has none)" if getattr(named, "__file__", None) else ""
+    raise ValueError(f"--env-id {env_id}: must be a module with a function parallel_env or batched_env{where}{hint}")
 
 
 def load(env_id: str, env_kwargs: dict | str, **more):
@@ -100,8 +101,9 @@ def one_line(error: BaseException, where: bool = False) -> str:
 class UniformEnv(ParallelEnv):
     """A ParallelEnv whose agents all observe O numbers and have A actions, from reset to the end of the episode.
 
-    Observations (Box of any shape, or Discrete as a one-hot) are flattened and padded with zeros. Actions are Discrete
-    for all agents, or Box for all: then they are given in [0, 1] and scaled to the bounds.
+    Observations (Box of any shape, or Discrete as a one-hot) are flattened and padded with zeros. Those of bytes, such
+    as pictures, are divided by the largest byte that the space allows. Actions are Discrete for all agents, or Box for
+    all: then they are given in [0, 1] and scaled to the bounds.
 
     If `masked`, the last A numbers of an observation tell what is allowed (1) and what is not (0): what the environment
     says, by either convention of PettingZoo (a Dict observation of `observation` and `action_mask`, or `action_mask` in
@@ -136,22 +138,32 @@ class UniformEnv(ParallelEnv):
             acted = [env.action_space(agent) for agent in self.possible_agents]
         except Exception as error:  # attributes that it lacks, among others
             raise ValueError(f"--env-id {env_id}: must have agents and spaces ({one_line(error, True)})") from error
-        told = {agent for agent, space in observed.items() if isinstance(space, Dict) and "action_mask" in space.spaces}
-        self.spaces = {
-            agent: space.spaces.get("observation") if agent in told else space for agent, space in observed.items()
-        }
-        for agent, space in self.spaces.items():
-            if not isinstance(space, Box | Discrete):
-                raise ValueError(f"--env-id {env_id}: must have Box or Discrete observations; {agent} has {space}")
+        if not 0 < len(self.possible_agents) == len(observed):
+            raise ValueError(
+                f"--env-id {env_id}: must have agents before reset; possible_agents is {self.possible_agents}"
+            )
+        told = {agent for agent, space in observed.items() if isinstance(space, Dict)}
+        self.spaces = {}
+        for agent, space in observed.items():
+            known = isinstance(space, Dict) and set(space.spaces) == {"observation", "action_mask"}
+            self.spaces[agent] = space.spaces["observation"] if known else space
+            if not isinstance(self.spaces[agent], Box | Discrete):
+                hint = " (a Dict may hold observation and action_mask, no more)" * isinstance(space, Dict)
+                raise ValueError(
+                    f"--env-id {env_id}: must have Box or Discrete observations; {agent} has {space}{hint}"
+                )
         self.continuous = all(isinstance(space, Box) for space in acted)
         if not (self.continuous or all(isinstance(space, Discrete) for space in acted)):
             raise ValueError(f"--env-id {env_id}: must have actions that are Discrete for all agents, or Box for all")
         if self.continuous and not all(space.is_bounded() and space.dtype.kind == "f" for space in acted):
             raise ValueError(f"--env-id {env_id}: must have Box actions of floats with bounds")
+        if self.continuous and any(np.abs([space.low, space.high]).max(initial=0) > 1e9 for space in acted):
+            raise ValueError(f"--env-id {env_id}: must have Box actions with bounds that mean something, below 1e9")
         sizes = [int(flatdim(space)) for space in acted]
         self.num_actions = max(sizes)
         self.action_mask = np.arange(self.num_actions) < np.array(sizes)[:, None]  # (N, A), what each has
-        self.has_mask = getattr(env, "masked", False)  # at the end of its observations, as envs/__init__.py has it
+        inner = getattr(env, "unwrapped", env)
+        self.has_mask = isinstance(inner, SingleEnv | UniformEnv) and inner.masked  # at the end of its observations
         self.masked = masked or bool(told) or self.has_mask or not self.action_mask.all()
         self.mask_told = self.left_early = self.trial = False  # in the episodes so far; if they are a trial
         spaces = [Box(0, 1, (self.num_actions,), np.float32) if self.continuous else Discrete(size) for size in sizes]
@@ -169,12 +181,15 @@ class UniformEnv(ParallelEnv):
         return self.action_spaces[agent]
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        self.t, self.terminated, self.ended, self.gone = 0, False, set(), set()
+        self.t, self.terminated, self.cut, self.ended, self.gone = 0, False, False, set(), set()
         self.seed = self.seed if seed is None else seed  # that of the first episode, if the generator goes on
         self.agents = list(self.possible_agents)
         self.observed = {agent: np.zeros(self.obs_dim, np.float32) for agent in self.agents}
         with self.blame():
-            observed, infos = self.env.reset(seed=seed, options=options)
+            result = self.env.reset(seed=seed, options=options)
+            if not (isinstance(result, tuple | list) and len(result) == 2):
+                raise EnvFailure("reset must return (observations, infos)")
+            observed, infos = result
             if not self.env.agents:
                 raise EnvFailure("there are no agents after reset, which must list all of them anew")
             self.absent = len(self.agents) - len(self.env.agents)
@@ -201,14 +216,15 @@ class UniformEnv(ParallelEnv):
             self.see(observed, infos, own)
             self.check_names("rewards", earned)
             rewards = dict.fromkeys(self.agents, 0.0)
-            rewards |= {agent: np.asarray(earned[agent]).item() for agent in own if agent in earned}
-            if not np.isfinite(list(rewards.values())).all():
-                raise EnvFailure("a reward is not finite")
+            rewards |= {agent: np.asarray(earned[agent]).item() for agent in own if earned.get(agent) is not None}
+            if not np.isfinite(np.array(list(rewards.values()), np.float32)).all():
+                raise EnvFailure("a reward is not finite, or beyond single precision")
             ends = not any(truncated.get(agent) for agent in last) or self.truncation_ends and self.t < self.horizon
             self.terminated = over and bool(ends or all(terminated.get(agent) for agent in last))
             if over and not self.terminated and self.t < self.horizon:
                 raise EnvFailure(f"it is truncated; --horizon must be at most {self.t}, or --truncation-ends be given")
-        self.agents = [] if over or self.t == self.horizon else self.agents
+        self.cut = not over and self.t == self.horizon  # the environment would have gone on
+        self.agents = [] if over or self.cut else self.agents
         ends = dict.fromkeys(rewards, self.terminated)
         cut = dict.fromkeys(rewards, not self.terminated and self.t == self.horizon)
         return dict(self.observed), rewards, ends, cut, {agent: {} for agent in rewards}
@@ -234,7 +250,12 @@ class UniformEnv(ParallelEnv):
                     obs = np.asarray(obs).item()
                     if not space.contains(obs):
                         raise EnvFailure(f"an observation of {agent} is {obs}, not in {space}")
-                flat = flatten(space, obs)
+                if isinstance(space, Discrete):
+                    flat = flatten(space, obs)
+                elif space.dtype == np.uint8:
+                    flat = np.asarray(obs, np.float32).reshape(-1) / space.high.max(initial=1)
+                else:  # as it is: flatten would cast what the space does not hold
+                    flat = np.asarray(obs, np.float64).reshape(-1)
                 if len(flat) != flatdim(space):
                     raise EnvFailure(f"an observation of {agent} has {len(flat)} numbers, its space {flatdim(space)}")
                 if not np.isfinite(flat.astype(np.float16)).all():  # which replay buffers hold
@@ -243,7 +264,7 @@ class UniformEnv(ParallelEnv):
             plays = agent in self.env.agents and agent not in self.ended
             self.mask_told |= mask is not None
             if not self.masked and plays and mask is not None and not self.trial and not np.all(mask):
-                raise EnvFailure("a mask came that no trial episode had; --masked True keeps room for it")
+                raise EnvFailure("a mask came where none was before; --masked True keeps room for it")
             if not self.masked or self.has_mask and plays:
                 continue
             allowed = own & (plays or (np.arange(len(own)) == 0) & (not self.continuous))
@@ -255,9 +276,11 @@ class UniformEnv(ParallelEnv):
             self.observed[agent] = np.append(self.observed[agent][: -len(own)], allowed.astype(np.float32))
 
     def check_possible_agents(self) -> None:
-        """EnvFailure if it has lost some, as happens after `self.agents = self.possible_agents` in reset."""
-        if len(self.env.possible_agents) != len(self.possible_agents):
-            raise EnvFailure("possible_agents has changed: reset must copy it into agents")
+        """EnvFailure if it has lost some, as happens after `self.agents = self.possible_agents` in reset, or others."""
+        if set(self.env.possible_agents) != set(self.possible_agents):
+            raise EnvFailure("possible_agents has changed: it must stay, and reset must copy it into agents")
+        if strange := set(self.env.agents) - set(self.possible_agents):
+            raise EnvFailure(f"agents has {', '.join(map(str, strange))}, which possible_agents has not")
 
     def check_names(self, what: str, given: dict) -> None:
         """EnvFailure unless all agents that go on are given something."""
@@ -271,7 +294,7 @@ class UniformEnv(ParallelEnv):
         try:
             with np.errstate(over="ignore"):
                 yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = str(error) if isinstance(error, EnvFailure) else one_line(error, True)
             raise EnvFailure(f"{self.env_id}, seed {self.seed}, step {self.t}: {what}") from error
 
@@ -302,14 +325,16 @@ class Copies:
 
     def __init__(self, make_one: Callable[[], ParallelEnv], count: int):
         self.envs = [uniform(make_one()) for _ in range(count)]
+        if len({id(one.env) for one in self.envs}) < count:
+            raise ValueError(f"--env-id {self.envs[0].env_id}: must make a new environment at each call")
 
     def reset(self, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Observations (count, N, O), and how many agents are not there (count,)."""
         obs = np.stack([rows(env.reset(int(seed))[0]) for env, seed in zip(self.envs, seeds)])
         return obs, np.array([env.absent for env in self.envs])
 
-    def step(self, act: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """act (count, N[, A]) -> obs (count, N, O), rewards (count, N), whether they terminated (count,)"""
+    def step(self, act: np.ndarray) -> tuple[np.ndarray, ...]:
+        """act (count, N[, A]) -> obs (count, N, O), rewards (count, N), whether they terminated, were cut (count,)"""
         rewards = np.zeros((len(self.envs), len(self.envs[0].possible_agents)), np.float32)
         for env, actions, reward in zip(self.envs, act, rewards):
             if env.agents:  # else it is frozen
@@ -318,6 +343,7 @@ class Copies:
             np.stack([rows(env.observed) for env in self.envs]),
             rewards,
             np.array([env.terminated for env in self.envs]),
+            np.array([env.cut for env in self.envs]),
         )
 
 
@@ -361,7 +387,7 @@ class PettingZooEnv:
         self.num_agents, self.obs_dim, self.num_actions = len(one.possible_agents), one.obs_dim, one.num_actions
         self.continuous, self.horizon, self.num_envs = one.continuous, one.horizon, num_envs
         self.device, self.rewards_differ, self.rewarded, self.absent = torch.device(device), False, False, 0
-        self.masked = one.masked
+        self.masked, self.horizon_given, self.cut = one.masked, True, False
         one.close()
         self.seeds, self.t = np.random.default_rng(), 0
         self.parts = np.array_split(np.arange(num_envs), max(1, min(num_workers, num_envs)))  # which copies are where
@@ -414,9 +440,10 @@ class PettingZooEnv:
         """
         check_action(self, act)
         self.t += 1
-        obs, rewards, terminated = self.call("step", act.cpu().numpy())
+        obs, rewards, terminated, cut = self.call("step", act.cpu().numpy())
         self.rewards_differ |= bool((rewards != rewards[:, :1]).any())
         self.rewarded |= bool(rewards.any())
+        self.cut |= bool(cut.any())
         self.obs = torch.as_tensor(obs, device=self.device)
         self.terminated = torch.as_tensor(terminated, device=self.device)
         return self.obs, torch.as_tensor(rewards.mean(axis=1), device=self.device), self.terminated.clone()
@@ -430,6 +457,7 @@ class PettingZooEnv:
             "the agents' rewards differ: the team's is their mean": self.rewards_differ,
             f"no episode met a reward before training: is --horizon {self.horizon} long enough?": not self.rewarded,
             f"up to {self.absent} agents are not there after reset: they count as gone": self.absent > 0,
+            f"episodes are cut after {self.horizon} steps: give their --horizon": self.cut and not self.horizon_given,
         }
         return [text for text, holds in remarks.items() if holds and self.t > 0]
 
@@ -449,10 +477,16 @@ def make_batched(env_id, env_kwargs, horizon, truncation_ends, masked, num_envs,
     if not find(env_id)[1]:
         options = env_id, env_kwargs, horizon, truncation_ends
         masked = needs_mask(*options) if masked is None else masked  # the same for copies in other processes
-        return PettingZooEnv(partial(make_single, *options, masked), num_envs, device, num_workers)
+        env = PettingZooEnv(partial(make_single, *options, masked), num_envs, device, num_workers)
+        env.horizon_given = horizon is not None
+        return env
     env = load(env_id, env_kwargs, num_envs=num_envs, device=device)
-    if horizon not in (None, env.horizon):
+    if horizon not in (None, getattr(env, "horizon", horizon)):
         raise ValueError(f"--horizon {horizon}: must be {env.horizon}, that of {env_id}")
+    if getattr(env, "num_envs", num_envs) != num_envs:
+        raise ValueError(
+            f"--env-id {env_id}: must have the num_envs that it is asked for, {num_envs}, not {env.num_envs}"
+        )
     try:
         check_env(env)
         if env.observe().device.type != torch.device(device).type:

@@ -14,6 +14,7 @@ import torch
 from conftest import PETTINGZOO, ROOT, TINY, TORCHRUN, read_metrics
 from gymnasium.spaces import Box, Dict, Discrete
 from pettingzoo import ParallelEnv
+from pettingzoo.utils.wrappers import BaseParallelWrapper
 
 import stas_ippo_pettingzoo as script_module
 from envs import EnvFailure, check_env
@@ -245,6 +246,107 @@ def test_a_truncation_may_be_an_end():
     assert set(length.tolist()) == {1, 2, 3, 4, 5} and torch.equal(env.terminated, length < 5)
 
 
+class Strange(Toggle):
+    """What its spaces, names or returns have of their own, by attributes and methods given as options."""
+
+    def __init__(self, horizon=6, **own):
+        super().__init__(horizon=horizon)
+        vars(self).update(own)
+
+    def observation_space(self, agent):
+        return getattr(self, "space", None) or super().observation_space(agent)
+
+    def observe(self):
+        return dict.fromkeys(self.possible_agents, self.seen) if hasattr(self, "seen") else super().observe()
+
+    def reset(self, seed=None, options=None):
+        observed, infos = super().reset(seed)
+        self.agents = getattr(self, "names", self.agents)
+        return observed if hasattr(self, "old") else (observed, infos)
+
+    def step(self, actions):
+        observed, rewards, *rest = super().step(actions)
+        if getattr(self, "paid", None) is SystemExit:
+            raise SystemExit
+        return observed, dict.fromkeys(rewards, self.paid) if hasattr(self, "paid") else rewards, *rest
+
+
+def seen_by(space, seen) -> list:
+    observed, _ = UniformEnv(Strange(space=space, seen=seen), "strange", 6).reset(seed=1)
+    return observed["b"].tolist()
+
+
+def test_observations_are_taken_as_they_are():
+    """Whatever type their space declares; only bytes are scaled, as nothing can be learned from inputs up to 255."""
+    assert seen_by(Box(-1, 1, (1,), int), np.array([0.5])) == [0.5]
+    assert seen_by(Box(0, 1, (2,), np.uint8), np.array([0, 1], np.uint8)) == [0, 1]
+    picture = np.array([[0, 51], [102, 255]], np.uint8)
+    assert seen_by(Box(0, 255, (2, 2), np.uint8), picture) == pytest.approx([0, 0.2, 0.4, 1])
+    assert seen_by(Box(0, 255, (1,), np.uint8), [510]) == [2]
+    assert seen_by(Discrete(3, dtype=np.uint8), 1) == [0, 1, 0]
+    with pytest.raises(EnvFailure, match="is not finite"):
+        seen_by(Box(0, 9, (1,), int), np.array([np.nan]))
+
+
+class Wrapped(BaseParallelWrapper):
+    horizon = 5
+
+
+def test_a_mask_is_what_a_dict_or_the_infos_say():
+    """An attribute of that name is the environment's own business."""
+    env = UniformEnv(Strange(masked=True), "strange", 6)
+    env.reset(seed=1)
+    assert not env.masked and env.obs_dim == 1
+    wrapped = PettingZooEnv(lambda: Wrapped(UniformEnv(Cards(), "cards", 5)), 2)
+    assert wrapped.masked and wrapped.obs_dim == 2 + 4
+
+
+BOX, MASK = Box(0, 1, (1,)), Box(0, 1, (3,), np.int8)
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [({"space": Dict({"observation": BOX, "message": BOX, "action_mask": MASK})}, "action_mask, no more")]
+    + [({"space": Dict({"obs": BOX, "action_mask": MASK})}, "observations; a has Dict.*'obs'.*, no more")]
+    + [
+        ({"possible_agents": []}, r"possible_agents is \[\]"),
+        ({"possible_agents": ["a"] * 2}, r"possible_agents is \['a', 'a'\]"),
+    ]
+    + [({"action_space": lambda agent: Box(-3e38, 3e38, (2,))}, "below 1e9")],
+)
+def test_what_an_environment_says_of_itself_is_checked(own, message):
+    with pytest.raises(ValueError, match=message):
+        UniformEnv(Strange(**own), "strange", 6)
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [({"old": True}, r"step 0: reset must return \(observations, infos\)")]
+    + [({"names": ["a", "zed"]}, "step 0: agents has zed, which possible_agents has not")]
+    + [({"paid": 1e39}, "step 1: a reward is not finite, or beyond single precision")]
+    + [({"paid": SystemExit}, "step 1: SystemExit")],
+)
+def test_what_it_then_does_is_told(own, message):
+    env = UniformEnv(Strange(**own), "strange", 6)
+    with pytest.raises(EnvFailure, match=message):
+        env.reset(seed=1)
+        env.step(dict.fromkeys(env.agents, 0))
+
+
+def test_every_copy_must_be_a_new_environment():
+    one = Toggle()
+    with pytest.raises(ValueError, match="--env-id toggle: must make a new environment at each call"):
+        PettingZooEnv(lambda: UniformEnv(one, "toggle", 10), 2)
+
+
+@pytest.mark.parametrize("length, horizon, told", [(100, None, True), (100, 25, False), (25, None, False)])
+def test_episodes_that_are_cut_by_default_are_told_of(length, horizon, told):
+    env = script_module.make_batched(HERE, {"kind": "toggle", "horizon": length}, horizon, False, None, 2)
+    agent, _ = script_module.make_networks(script_module.Args(), env)
+    script_module.rollout(env, agent, 1)
+    assert ("episodes are cut after 25 steps: give their --horizon" in env.remarks()) == told
+
+
 @pytest.mark.parametrize("script", [PETTINGZOO, TORCHRUN])
 @pytest.mark.parametrize(
     "fault, why", [("none_there", "no agents after reset"), ("shared_list", "possible_agents has")]
@@ -272,6 +374,13 @@ def test_a_large_constant_in_the_reward_does_no_harm(credit, run_script, tmp_pat
         assert np.mean(late) > 9
 
 
+def test_one_return_gives_the_scale_of_rewards_too(run_script):
+    """A single episode has no deviation from others."""
+    kwargs = f'--env-id {HERE} --horizon 10 --env-kwargs {{"kind":"toggle","scale":0,"constant":20}}'
+    code, out, err = run_script(f"{TINY[PETTINGZOO]} {kwargs} --num-envs 1", PETTINGZOO)
+    assert code == 0 and "returns before training: 200 +- 0, so --reward-scale 200" in out, err
+
+
 @pytest.mark.parametrize("scale", ["1e-9", "1e9"])
 def test_the_scale_of_rewards_does_not_matter(scale, run_script, tmp_path):
     flags = f'--env-id {HERE} --horizon 10 --env-kwargs {{"kind":"toggle","scale":%s}} --run-dir %s'
@@ -281,6 +390,14 @@ def test_the_scale_of_rewards_does_not_matter(scale, run_script, tmp_path):
     one, other = (read_metrics(tmp_path / name)[-1] for name in ("1", scale))
     for name in ("losses/policy_loss", "decomposer/explained_variance"):
         assert float(one[name]) == pytest.approx(float(other[name]), rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize("credit, code", [("uniform", 0), ("stas", 1)])
+def test_a_run_goes_on_with_another_horizon_if_no_network_depends_on_it(credit, code, run_script, tmp_path):
+    flags = f'--credit {credit} --env-id {HERE} --env-kwargs {{"kind":"toggle"}} --horizon 10 --run-dir run'
+    assert run_script(f"{TINY[PETTINGZOO]} {flags}", PETTINGZOO)[0] == 0
+    found, _, err = run_script("--resume run --horizon 8 --total-timesteps 1000", PETTINGZOO)
+    assert found == code and ("must have a checkpoint that fits the flags" in err) == (code == 1), err
 
 
 def test_many_actions_are_stored_whole(run_script, tmp_path):
@@ -333,8 +450,20 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
 
 
 def test_an_aec_environment_gets_a_hint():
-    with pytest.raises(ValueError, match="parallel_env or batched_env; .*aec_to_parallel"):
+    with pytest.raises(ValueError, match="parallel_env or batched_env.*; .*aec_to_parallel"):
         make("pettingzoo.classic.connect_four_v3", 2, 10)
+
+
+def test_a_module_that_hides_ones_own_is_named():
+    with pytest.raises(ValueError, match=r"--env-id signal: must be a module .*signal.py has none\)"):
+        make("signal", 2, 10)
+
+
+def test_what_is_called_parallel_env_must_be_a_function(tmp_path, monkeypatch):
+    (tmp_path / "made.py").write_text("from tests.test_any_env import Toggle\nparallel_env = Toggle()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="must be a module with a function parallel_env"):
+        make("made", 2, 10)
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
@@ -410,6 +539,30 @@ def test_a_batched_class_that_does_not_fit_is_refused(act, more, message, mine, 
         f"{TINY[PETTINGZOO]} {mine('wrong' + str(len(act)), act=act)} {more} --run-dir run", PETTINGZOO
     )
     assert code == 2 and message in err and not (tmp_path / "run").exists(), err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("mine.num_envs = 16", "must have the num_envs that it is asked for, 8, not 16"),
+        ("del mine.horizon", "AttributeError"),
+    ],
+)
+def test_a_batched_class_that_lacks_what_it_must_have(change, message, tmp_path, monkeypatch):
+    text = f"""
+    class Mine:
+        num_envs, num_agents, obs_dim, num_actions, continuous, horizon, t = 8, 2, 1, 2, False, 5, 0
+    def batched_env(num_envs, device):
+        mine = type("Mine", (), dict(vars(Mine)))
+        {change}
+        return mine
+    """
+    name = f"lacks_{change.split()[0]}".replace(".", "_")
+    (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(tmp_path)
+    for horizon in (None, 5):
+        with pytest.raises(ValueError, match=message):
+            make(name, 8, horizon)
 
 
 def test_many_episodes_of_a_batched_class_are_played_side_by_side(mine):
