@@ -10,13 +10,14 @@ Writes learning_curve.png, credit.png and episode.gif into the run folder (for a
 
 import contextlib
 import csv
-import importlib
+import importlib.util
 import json
 import math
 import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from shlex import quote
 from types import ModuleType
 from typing import NoReturn
 
@@ -59,12 +60,15 @@ def load_script(run_dir: Path, name: str, path: Path | None) -> ModuleType:
     """The script of a run: `path`, or the one beside this file, or the run's copy; tells if the copy is another."""
     beside, copy = Path(__file__).parent / name, run_dir / name
     path = path or (beside if beside.exists() else copy)
-    if not path.exists():
+    if not path.exists() or path.suffix != ".py":
         fail(f"--script {path}: must be the script that made the run, {name}")
     if copy.exists() and copy.read_text() != path.read_text():
-        print(f"{path} has changed since the run began; --script {copy} is as it was then")
+        print(f"{path} has changed since the run began; --script {quote(str(copy))} is as it was then")
     sys.path[:0] = [str(path.parent), str(Path(__file__).parent)]
-    return importlib.import_module(path.stem)
+    spec = importlib.util.spec_from_file_location(path.stem.replace(".", "_"), path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @torch.no_grad()
@@ -76,7 +80,7 @@ def play_episode(env, agent, seed: int, frames: list | None = None) -> dict[str,
     def look() -> None:
         with contextlib.suppress(Exception):  # whatever rendering code that is not ours raises
             frame = np.asarray(env.render()) if frames is not None and len(steps) % every == 0 else None
-            if frame is not None and frame.dtype == np.uint8 and frame.ndim == 3:
+            if frame is not None and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] in (3, 4):
                 frames.append((len(steps), frame))
 
     next_obs, _ = env.reset(seed=seed)
@@ -193,8 +197,9 @@ def draw_run(
         below = f"credit that {who} gave each agent ({sums})"
     if "event" in episode:
         events = episode["event"][0].int()  # (T, N)
-        marks = [(t, i, env.event_names[events[t, i].item()]) for t, i in events.nonzero().tolist()]
-        title += f" ({env.legend})" if env.legend else ""
+        event_names, legend = getattr(env, "event_names", {}), getattr(env, "legend", "")
+        marks = [(t, i, event_names.get(k := events[t, i].item(), str(k))) for t, i in events.nonzero().tolist()]
+        title += f" ({legend})" if legend else ""
     above = "reward that the agents never saw" if args.credit in UNSEEN else "true reward"
     titles = title, f"{above} (sum {reward.sum():.2f})", below
     draw_credits(run_dir / "credit.png", credits, reward, env.possible_agents, titles, marks)

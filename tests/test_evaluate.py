@@ -105,11 +105,11 @@ def test_a_script_that_has_changed_is_told(run_script, tmp_path):
     assert "\nchanged\n" in out, err
     code, out, err = evaluate(f"run --script run/{MPE}", tmp_path, program)
     assert code == 0 and "changed" not in out and "as it was" in out, err
-    own.rename(tmp_path / "renamed.py")
+    own.rename(tmp_path / "v1.1.py")
     code, out, err = evaluate("run", tmp_path, program)  # takes the copy
     assert code == 0 and "changed" not in out and "as it was" in out, err
-    code, out, err = evaluate("run --script renamed.py", tmp_path, program)
-    assert code == 0 and "renamed.py has changed" in out and "\nchanged\n" in out, err
+    code, out, err = evaluate("run --script v1.1.py", tmp_path, program)
+    assert code == 0 and "v1.1.py has changed" in out and "\nchanged\n" in out, err
 
 
 def test_another_checkpoint_and_what_cannot_be_evaluated(run_script, no_pictures, evaluate_here, tmp_path):
@@ -273,6 +273,21 @@ def test_long_episodes_give_a_picture_of_bounded_size(monkeypatch, tmp_path):
             np.testing.assert_allclose(shown[:, k], credits[k * width : (k + 1) * width].sum(axis=0), atol=1e-9)
             assert bars[k] == reward[k * width : (k + 1) * width].sum()
         assert len(figures[-1].axes[1].texts) == (width == 1)
+
+
+@pytest.mark.parametrize("shape, kept", [((8, 9, 3), 41), ((8, 9, 4), 41), ((8, 9, 1), 0), ((3, 8, 9), 0)])
+def test_frames_that_are_no_pictures_and_events_without_names(shape, kept, monkeypatch, tmp_path):
+    """Those are left out, and these are drawn as numbers: names and a legend are optional."""
+    marks, steps, env, script = [], [], parallel_env("rgb_array", one_hot=True), stas_ippo_alicebob
+    env.render, args = lambda: np.zeros(shape, np.uint8), script.Args()
+    del env.event_names, env.legend
+    monkeypatch.setattr(script, "make_parallel_env", lambda *_: env)
+    monkeypatch.setattr("evaluate.draw_credits", lambda *drawn: marks.extend(drawn[-1]))
+    monkeypatch.setattr("evaluate.caption", lambda _, step, *more: steps.append(step) or Image.new("RGB", (9, 9)))
+    networks = script.make_networks(args, script.make_env(args, 1))
+    pictures = draw_run(tmp_path, script, args, networks, [{"global_step": 1, "charts/episodic_return": 1}], {}, 1)
+    assert len(marks) > 0 and {text for _, _, text in marks} <= {"-1", "2", "3", "7"}
+    assert pictures == list(PICTURES)[: 3 if kept else 2] and len(steps) == kept
 
 
 def test_names_are_drawn_as_they_are(tmp_path):
