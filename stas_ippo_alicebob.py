@@ -390,7 +390,7 @@ def update_agent(args, agent, optimizer, batch: dict[str, torch.Tensor]) -> dict
     logratio = logprob - batch["logprob"]
     ratio = logratio.exp()
     advantage = batch["advantage"]
-    if args.norm_adv:
+    if args.norm_adv and advantage.numel() > 1:  # one alone has no deviation
         advantage = advantage - (weight * advantage).sum()
         advantage = advantage / ((weight * advantage.square()).sum().sqrt() + args.adv_eps)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
@@ -516,12 +516,13 @@ if __name__ == "__main__":
     iteration, global_step, wall_time, rows = 0, 0, 0.0, []
     if args.resume and Path(args.resume, "checkpoint.pt").exists():
         checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location=device, weights_only=True)
-        if lacking := {"rows", *parts} - {*checkpoint}:
-            sys.exit(f"error: --resume {args.resume}: must have a checkpoint with {', '.join(sorted(lacking))}")
         iteration, global_step, wall_time = (checkpoint[name] for name in ("iteration", "global_step", "wall_time"))
-        rows = checkpoint["rows"]  # of metrics.csv
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint.pop(name))
+        try:
+            rows = checkpoint["rows"]  # of metrics.csv
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint.pop(name))
+        except (LookupError, RuntimeError, ValueError) as error:
+            sys.exit(f"error: --resume {args.resume}: must have a checkpoint that fits the flags ({error!r:.300})")
     (run_dir / os.path.basename(__file__)).write_text(Path(__file__).read_text())
     git = f"git -C {quote(os.path.dirname(__file__))} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pettingzoo", "mpe2", "tyro")}
@@ -637,7 +638,7 @@ if __name__ == "__main__":
             torch.save(state, run_dir / "checkpoint.tmp")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
         if stopped:
-            print(f"stopped; to continue: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
+            print(f"stopped; to continue: python {quote(sys.argv[0])} --resume {quote(str(run_dir))}", file=sys.stderr)
             sys.exit(stopped[0])
 
     # Evaluate.
@@ -649,4 +650,4 @@ if __name__ == "__main__":
     writer.close()
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     scores = f"treasure rate {summary['eval/treasure_rate']:.2f}, return {summary['eval/episodic_return']:.2f}"
-    print(f"{scores} on PettingZoo over {args.eval_episodes} episodes; to draw it: python evaluate.py {run_dir}")
+    print(f"{scores} on PettingZoo over {args.eval_episodes} episodes; draw: python evaluate.py {quote(str(run_dir))}")

@@ -11,8 +11,7 @@ when an episode ends. One iteration of the training loop, which is at the end of
      return; the leftover is paid at the last step, in equal shares. (The paper drops it: `--conserve none`.)
   5. PPO: one actor and one critic serve all agents, given an agent's one-hot; each agent learns from its own credits.
 
-Axes stand in the order (episode E, time T, agent N, feature): O of an observation, A of a continuous action, D of an
-embedding. H heads, M coalitions, B any batch.
+Axes: episode E, time T, agent N, feature (O observation, A action, D embedding). H heads, M coalitions, B any batch.
 """
 
 import csv
@@ -419,7 +418,7 @@ def update_agent(args, agent, optimizer, batch: dict[str, torch.Tensor]) -> dict
     logratio = logprob - batch["logprob"]
     ratio = logratio.exp()
     advantage = batch["advantage"]
-    if args.norm_adv:
+    if args.norm_adv and advantage.numel() > 1:  # one alone has no deviation
         advantage = advantage - (weight * advantage).sum()
         advantage = advantage / ((weight * advantage.square()).sum().sqrt() + args.adv_eps)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
@@ -531,7 +530,7 @@ if __name__ == "__main__":
         sys.exit(2)
     if args.reward_scale is None:
         deviation, mean = (x.item() for x in torch.std_mean(untrained["team_reward"].sum(dim=1).double(), correction=0))
-        args.reward_scale = deviation if deviation > 1e-6 * abs(mean) else 1.0
+        args.reward_scale = deviation if deviation > 1e-6 * abs(mean) else max(abs(mean), 1.0)
         print(f"returns before training: {mean:.3g} +- {deviation:.3g}, so --reward-scale {args.reward_scale:.3g}")
     adam = {"lr": torch.tensor(0.0, device=device), "fused": True, "capturable": True}  # the loop sets the rates
     agent_optimizer = torch.optim.Adam(agent.to(device).parameters(), eps=1e-5, **adam)
@@ -557,12 +556,13 @@ if __name__ == "__main__":
     iteration, global_step, wall_time, baseline, rows = 0, 0, 0.0, None, []
     if args.resume and Path(args.resume, "checkpoint.pt").exists():
         checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location=device, weights_only=True)
-        if lacking := {"rows", *parts} - {*checkpoint}:
-            sys.exit(f"error: --resume {args.resume}: must have a checkpoint with {', '.join(sorted(lacking))}")
         iteration, global_step, wall_time = (checkpoint[name] for name in ("iteration", "global_step", "wall_time"))
-        baseline, rows = checkpoint.get("baseline", torch.zeros(env.horizon, 1, device=device)), checkpoint["rows"]
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint.pop(name))
+        try:
+            baseline, rows = checkpoint.get("baseline", torch.zeros(env.horizon, 1, device=device)), checkpoint["rows"]
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint.pop(name))
+        except (LookupError, RuntimeError, ValueError) as error:
+            sys.exit(f"error: --resume {args.resume}: must have a checkpoint that fits the flags ({error!r:.300})")
     (run_dir / os.path.basename(__file__)).write_text(Path(__file__).read_text())
     git = f"git -C {quote(os.path.dirname(__file__))} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pettingzoo", "mpe2", "tyro")}
@@ -626,7 +626,7 @@ if __name__ == "__main__":
         # 5. Independent PPO on these rewards, over the S valid steps of all episodes.
         if iteration * args.num_envs >= args.learning_starts:
             scaled = rewards / args.reward_scale
-            if baseline is None:  # what followed each step on average, for good: the critic learns what differs from it
+            if baseline is None or len(baseline) != env.horizon:  # what followed on average; the critic learns the rest
                 followed, _ = compute_gae(scaled, torch.zeros_like(scaled), valid, args.gamma, 1.0)  # (E, T, N)
                 baseline = (followed.sum(dim=(0, 2)) / env.num_agents / valid.sum(dim=0).clamp(min=1)).unsqueeze(1)
             values = episodes["value"] + baseline
@@ -686,7 +686,7 @@ if __name__ == "__main__":
             torch.save(state, run_dir / "checkpoint.tmp")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
         if stopped:
-            print(f"stopped; to continue: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
+            print(f"stopped; to continue: python {quote(sys.argv[0])} --resume {quote(str(run_dir))}", file=sys.stderr)
             sys.exit(stopped[0])
 
     # Evaluate.
@@ -697,4 +697,4 @@ if __name__ == "__main__":
     writer.close()
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     scores = f"return {summary['eval/episodic_return']:.2f} (random team {summary['random/episodic_return']:.2f})"
-    print(f"{scores} over {args.eval_episodes} episodes; to draw it: python evaluate.py {run_dir}")
+    print(f"{scores} over {args.eval_episodes} episodes; draw: python evaluate.py {quote(str(run_dir))}")

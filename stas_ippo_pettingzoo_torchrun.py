@@ -21,8 +21,7 @@ when an episode ends. One iteration of the training loop, which is at the end of
      return; the leftover is paid at the last step, in equal shares. (The paper drops it: `--conserve none`.)
   5. PPO: one actor and one critic serve all agents, given an agent's one-hot; each agent learns from its own credits.
 
-Axes stand in the order (episode E, time T, agent N, feature): O of an observation, A of a continuous action, D of an
-embedding. H heads, M coalitions, B any batch.
+Axes: episode E, time T, agent N, feature (O observation, A action, D embedding). H heads, M coalitions, B any batch.
 """
 
 import atexit
@@ -450,7 +449,7 @@ def update_agent_together(args, agent, optimizer, batch: dict[str, torch.Tensor]
     logratio = logprob - batch["logprob"]
     ratio = logratio.exp()
     advantage = batch["advantage"]
-    if args.norm_adv:
+    if args.norm_adv and advantage.numel() * WORLD_SIZE > 1:  # one alone has no deviation
         advantage = advantage - total((weight * advantage).sum())
         advantage = advantage / (total((weight * advantage.square()).sum()).sqrt() + args.adv_eps)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
@@ -547,7 +546,7 @@ if __name__ == "__main__":
         returns = untrained["team_reward"].sum(dim=1).double()
         mean = total(returns.mean() / WORLD_SIZE).item()
         deviation = math.sqrt(total((returns - mean).square().mean() / WORLD_SIZE).item())
-        args.reward_scale = deviation if deviation > 1e-6 * abs(mean) else 1.0
+        args.reward_scale = deviation if deviation > 1e-6 * abs(mean) else max(abs(mean), 1.0)
         if RANK == 0:
             print(f"returns before training: {mean:.3g} +- {deviation:.3g}, so --reward-scale {args.reward_scale:.3g}")
     adam = {"lr": torch.tensor(0.0, device=device), "fused": True, "capturable": True}  # the loop sets the rates
@@ -576,16 +575,18 @@ if __name__ == "__main__":
     iteration, global_step, wall_time, baseline, rows = 0, 0, 0.0, None, []
     if args.resume and Path(args.resume, "checkpoint.pt").exists():
         checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location=device, weights_only=True)
-        if lacking := {"rows", "processes", *parts} - {*checkpoint, "buffer"}:
-            sys.exit(f"error: --resume {args.resume}: must have a checkpoint with {', '.join(sorted(lacking))}")
         iteration, global_step, wall_time = (checkpoint[name] for name in ("iteration", "global_step", "wall_time"))
-        baseline, rows = checkpoint.get("baseline", torch.zeros(env.horizon, 1, device=device)), checkpoint["rows"]
-        if checkpoint["processes"] != WORLD_SIZE:
-            print(f"--resume {args.resume}: must be continued by {checkpoint['processes']} processes", file=sys.stderr)
-            sys.exit(2)
-        checkpoint["buffer"] = checkpoint["buffers"][RANK] if decomposer is not None else None
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint.pop(name))
+        try:
+            if checkpoint["processes"] != WORLD_SIZE:
+                message = f"--resume {args.resume}: must be continued by {checkpoint['processes']} processes"
+                print(message, file=sys.stderr)
+                sys.exit(2)
+            baseline, rows = checkpoint.get("baseline", torch.zeros(env.horizon, 1, device=device)), checkpoint["rows"]
+            checkpoint["buffer"] = checkpoint["buffers"][RANK] if decomposer is not None else None
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint.pop(name))
+        except (LookupError, RuntimeError, ValueError) as error:
+            sys.exit(f"error: --resume {args.resume}: must have a checkpoint that fits the flags ({error!r:.300})")
     (run_dir / os.path.basename(__file__)).write_text(Path(__file__).read_text())
     git = f"git -C {quote(os.path.dirname(__file__))} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pettingzoo", "mpe2", "tyro")}
@@ -651,7 +652,7 @@ if __name__ == "__main__":
         # 5. Independent PPO on these rewards, over the S valid steps of all episodes.
         if iteration * args.num_envs * WORLD_SIZE >= args.learning_starts:
             scaled = rewards / args.reward_scale
-            if baseline is None:  # what followed each step on average, for good: the critic learns what differs from it
+            if baseline is None or len(baseline) != env.horizon:  # what followed on average; the critic learns the rest
                 followed, _ = compute_gae(scaled, torch.zeros_like(scaled), valid, args.gamma, 1.0)  # (E, T, N)
                 count = total(valid.float().sum(dim=0)).clamp(min=1)
                 baseline = (total(followed.sum(dim=(0, 2))) / env.num_agents / count).unsqueeze(1)  # (T, 1)
@@ -731,8 +732,8 @@ if __name__ == "__main__":
             torch.save(state, run_dir / "checkpoint.tmp")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
         if stops:
-            start = f"torchrun --nproc-per-node {WORLD_SIZE} {sys.argv[0]}"
-            print(f"stopped; to continue: {start} --resume {run_dir}", file=sys.stderr)
+            start = f"torchrun --nproc-per-node {WORLD_SIZE} {quote(sys.argv[0])}"
+            print(f"stopped; to continue: {start} --resume {quote(str(run_dir))}", file=sys.stderr)
             sys.exit((stopped or [128 + signal.SIGTERM])[0])
 
     # Evaluate.
@@ -745,4 +746,4 @@ if __name__ == "__main__":
     writer.close()
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     scores = f"return {summary['eval/episodic_return']:.2f} (random team {summary['random/episodic_return']:.2f})"
-    print(f"{scores} over {args.eval_episodes} episodes; to draw it: python evaluate.py {run_dir}")
+    print(f"{scores} over {args.eval_episodes} episodes; draw: python evaluate.py {quote(str(run_dir))}")

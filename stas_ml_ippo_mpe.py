@@ -12,8 +12,7 @@ when an episode ends. One iteration of the training loop, which is at the end of
      return; the leftover is paid at the last step, in equal shares. (The paper drops it: `--conserve none`.)
   5. PPO: one actor and one critic serve all agents, given an agent's one-hot; each agent learns from its own credits.
 
-Axes stand in the order (episode E, time T, agent N, feature): O of an observation, A of a continuous action, D of an
-embedding. H heads, M coalitions, B any batch.
+Axes: episode E, time T, agent N, feature (O observation, A action, D embedding). H heads, M coalitions, B any batch.
 """
 
 import csv
@@ -435,7 +434,7 @@ def update_agent(args, agent, optimizer, batch: dict[str, torch.Tensor]) -> dict
     logratio = logprob - batch["logprob"]
     ratio = logratio.exp()
     advantage = batch["advantage"]
-    if args.norm_adv:
+    if args.norm_adv and advantage.numel() > 1:  # one alone has no deviation
         advantage = advantage - (weight * advantage).sum()
         advantage = advantage / ((weight * advantage.square()).sum().sqrt() + args.adv_eps)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
@@ -562,12 +561,13 @@ if __name__ == "__main__":
     iteration, global_step, wall_time, rows = 0, 0, 0.0, []
     if args.resume and Path(args.resume, "checkpoint.pt").exists():
         checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location=device, weights_only=True)
-        if lacking := {"rows", *parts} - {*checkpoint}:
-            sys.exit(f"error: --resume {args.resume}: must have a checkpoint with {', '.join(sorted(lacking))}")
         iteration, global_step, wall_time = (checkpoint[name] for name in ("iteration", "global_step", "wall_time"))
-        rows = checkpoint["rows"]  # of metrics.csv
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint.pop(name))
+        try:
+            rows = checkpoint["rows"]  # of metrics.csv
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint.pop(name))
+        except (LookupError, RuntimeError, ValueError) as error:
+            sys.exit(f"error: --resume {args.resume}: must have a checkpoint that fits the flags ({error!r:.300})")
     (run_dir / os.path.basename(__file__)).write_text(Path(__file__).read_text())
     git = f"git -C {quote(os.path.dirname(__file__))} describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pettingzoo", "mpe2", "tyro")}
@@ -686,7 +686,7 @@ if __name__ == "__main__":
             torch.save(state, run_dir / "checkpoint.tmp")
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
         if stopped:
-            print(f"stopped; to continue: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
+            print(f"stopped; to continue: python {quote(sys.argv[0])} --resume {quote(str(run_dir))}", file=sys.stderr)
             sys.exit(stopped[0])
 
     # Evaluate.
@@ -697,4 +697,4 @@ if __name__ == "__main__":
     writer.close()
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     scores = f"return {summary['eval/episodic_return']:.2f} (random team {summary['random/episodic_return']:.2f})"
-    print(f"{scores} on PettingZoo over {args.eval_episodes} episodes; to draw it: python evaluate.py {run_dir}")
+    print(f"{scores} on PettingZoo over {args.eval_episodes} episodes; draw: python evaluate.py {quote(str(run_dir))}")

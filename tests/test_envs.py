@@ -133,7 +133,7 @@ def test_a_script_of_ones_own(tmp_path):
         text = text.replace(old, new)
     (tmp_path / "my_idea.py").write_text(text)
     for command, told in (
-        (f"my_idea.py --run-dir run {TINY[ALICEBOB]}", "to draw it: python evaluate.py run"),
+        (f"my_idea.py --run-dir run {TINY[ALICEBOB]}", "draw: python evaluate.py run"),
         ("evaluate.py run --episodes 1", "drawn: run/learning_curve.png, run/credit.png\n"),  # Count has no pictures
     ):
         command = [sys.executable, *command.split()]

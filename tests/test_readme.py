@@ -243,7 +243,7 @@ def test_evaluation_commands(command, run_script, tmp_path):
 
 def test_the_map_from_the_paper_to_the_code_points_at_the_right_lines():
     lines = (ROOT / MPE).read_text().splitlines()
-    places = re.findall(r"`(\w+)`, line (\d+)", README + DOCS)
+    places = re.findall(r"`(\w+)`,\s+line (\d+)", README + DOCS)
     assert len(places) >= 9
     for name, number in places:
         assert re.match(rf"(class|def) {name}\b", lines[int(number) - 1]), f"{name} is not in line {number} of {MPE}"

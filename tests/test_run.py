@@ -57,7 +57,7 @@ def test_a_run_leaves_a_complete_folder(script, run_script, tiny, tmp_path):
     code, out, err = run_script(f"{tiny} --checkpoint-every 1 --run-dir run")
     assert code == 0 and err == ""
     assert len(re.findall(r"^step (?:200|400|600): (?:return|treasure rate) -?\d+\.\d\d$", out, re.MULTILINE)) == 3
-    assert "over 2 episodes; to draw it: python evaluate.py run\n" in out
+    assert "over 2 episodes; draw: python evaluate.py run\n" in out
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()}
     assert {re.sub(r"tfevents.*", "tfevents", name) for name in names} == {
@@ -359,6 +359,11 @@ def test_what_is_typed_beside_resume_wins(script, run_script, tiny, tmp_path):
     assert flags_of(run)["gamma"] == MODULES[script].Args.gamma and flags_of(other)["gamma"] == 0.5
     assert run_script("--resume other --eval-episodes 2")[0] == 0
     assert flags_of(other)["gamma"] == 0.5  # it was saved
+    flags = flags_of(other)
+    for change in ("--critic centralized", "--emb-dim 16", "--credit temporal"):
+        code, _, err = run_script(f"--resume other {change}")
+        assert code != 0 and "error: --resume other: must have a checkpoint that fits the flags (" in err, err
+        assert "Traceback" not in err and flags_of(other) == flags
 
 
 # What each flag must change, beside the run above: anything but the times.
