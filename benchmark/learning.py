@@ -95,7 +95,8 @@ OWN |= {("spread 3, continuous", "dense"): "--gae-lambda 0.9"}
 OWN |= dict.fromkeys(((task, "episodic") for task in ("HalfCheetah 2x3", "VMAS reverse transport")), "--gae-lambda 1")
 OWN |= {("spread 3, 100 steps", row): "--gae-lambda 0.95" for row in LEARNED}
 # How many steps `episodic` makes in the time of one of `stas`, if not 2; some by earlier scripts (docs/speed.md).
-PACE = {"Alice & Bob": 2.2, "push 3": 3, "spread 3, 50 steps": 2.5, "spread 3, 100 steps": 4, "push 3, gamma 0.98": 2.3}
+PACE = {"Alice & Bob": 2.2, "tag 3": 2.3, "spread 6": 2.2, "push 3": 3, "push 3, gamma 0.98": 2.3}
+PACE |= {"spread 3, 50 steps": 2.5, "spread 3, 100 steps": 4}
 ROWS = {  # name: flags
     "stas": "",
     "STAS-ML": "",
@@ -142,6 +143,7 @@ SEEDS |= dict.fromkeys((("spread 3", row) for row in ("shapley", "difference")),
 MORE = ("spread 3", "tag 3", "spread 6", "tag 6", "push 3", "spread 3, 50 steps")
 SEEDS |= dict.fromkeys(((task, "episodic, equal time") for task in MORE), 5)
 SEEDS |= dict.fromkeys((("tag 3, lambda 1", row) for row in ("stas, coalition all", "episodic, equal time")), 6)
+SEEDS["tag 3", "episodic, equal time"] = 10
 PAST = ("stas, half shared", "stas, shared equally")  # there are results of them, but the flag is gone
 KEYS = ("task", "row", "flags", "threads", "seed")  # the columns of learning.csv that tell runs apart
 FOUND = 0.9  # the treasure rate in Alice & Bob that counts as learned
