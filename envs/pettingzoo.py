@@ -60,7 +60,7 @@ def find(env_id: str) -> tuple[Callable, bool]:
             return getattr(named, name), name == "batched_env"
     hint = "; pettingzoo.utils.conversions.aec_to_parallel makes one of its env()" if hasattr(named, "env") else ""
     where = f" ({named.__file__} has none)" if getattr(named, "__file__", None) else ""
-    raise ValueError(f"--env-id {env_id}: must be a module with a function parallel_env or batched_env{where}{hint}")
+    raise ValueError(f"--env-id {env_id}: must be a module with a function parallel_env or batched_env{hint}{where}")
 
 
 def load(env_id: str, env_kwargs: dict | str, **more):
@@ -142,7 +142,6 @@ class UniformEnv(ParallelEnv):
             raise ValueError(
                 f"--env-id {env_id}: must have agents before reset; possible_agents is {self.possible_agents}"
             )
-        told = {agent for agent, space in observed.items() if isinstance(space, Dict)}
         self.spaces = {}
         for agent, space in observed.items():
             known = isinstance(space, Dict) and set(space.spaces) == {"observation", "action_mask"}
@@ -164,7 +163,8 @@ class UniformEnv(ParallelEnv):
         self.action_mask = np.arange(self.num_actions) < np.array(sizes)[:, None]  # (N, A), what each has
         inner = getattr(env, "unwrapped", env)
         self.has_mask = isinstance(inner, SingleEnv | UniformEnv) and inner.masked  # at the end of its observations
-        self.masked = masked or bool(told) or self.has_mask or not self.action_mask.all()
+        told = any(isinstance(space, Dict) for space in observed.values())
+        self.masked = masked or told or self.has_mask or not self.action_mask.all()
         self.mask_told = self.left_early = self.trial = False  # in the episodes so far; if they are a trial
         spaces = [Box(0, 1, (self.num_actions,), np.float32) if self.continuous else Discrete(size) for size in sizes]
         self.action_spaces = dict(zip(self.possible_agents, spaces))

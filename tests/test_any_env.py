@@ -450,7 +450,7 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
 
 
 def test_an_aec_environment_gets_a_hint():
-    with pytest.raises(ValueError, match="parallel_env or batched_env.*; .*aec_to_parallel"):
+    with pytest.raises(ValueError, match="parallel_env or batched_env; .*aec_to_parallel"):
         make("pettingzoo.classic.connect_four_v3", 2, 10)
 
 
